@@ -1,0 +1,1 @@
+"""Sharded WebDataset tars, read exactly."""

@@ -1,0 +1,1 @@
+"""Training: LightningModules, callbacks and the command line that wires the other packages together."""

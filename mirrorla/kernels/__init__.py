@@ -1,0 +1,1 @@
+"""Linear attention over mirrored features: the op, its twins and its tables."""

@@ -1,0 +1,152 @@
+"""The plain PyTorch twin of mirrored linear attention: any device, float16 to float64, differentiable to any order.
+
+Shapes: B images, N queries, M keys, H heads, dk and dv channels, J = dk/2 blocks.
+
+    phi(x) = ReLU(mirror(x))^power
+    S = mean_m rope(phi(k_m)) v_m^T        s = mean_m phi(k_m)
+    y_n = rope(phi(q_n)) S / (phi(q_n)·s + eps)
+
+The mean over tokens is taken before the products with q, so that long contexts do not overflow half precision; maps,
+state and denominators are fp32 (float64 for float64 inputs). Rotary positions turn the numerator only: the denominator
+stays a sum of non-negative numbers.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from mirrorla.mirrors import block_mirror
+from mirrorla.positions import rotate
+
+Tables = tuple[Tensor, Tensor]
+"""cos and sin of the same shape: (N, d/2) for rotary positions, (B or 1, H, J) for mirrors."""
+
+
+def feature_map(x: Tensor, mirror: Tables | None = None, power: float = 1.0) -> Tensor:
+    """phi(x) = ReLU(mirror(x))^power in fp32 or better.
+
+    Args:
+        x: features (B, N, H, d).
+        mirror: cos 2t and sin 2t, each (B or 1, H, J); None is the plain ReLU map.
+        power: exponent >= 1; larger sharpens the attention.
+
+    Returns:
+        (B, N, H, d), non-negative.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if mirror is not None:
+        cos, sin = mirror
+        x = block_mirror(x, cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1))
+    x = x.relu()
+    return x if power == 1.0 else x.pow(power)
+
+
+def kv_state(
+    k: Tensor,
+    v: Tensor,
+    *,
+    mirror: Tables | None = None,
+    rope: Tables | None = None,
+    mask: Tensor | None = None,
+    power: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summarise keys and values; the parts of several devices add up once weighted by their counts.
+
+    Args:
+        k: keys (B, M, H, dk).
+        v: values (B, M, H, dv).
+        mirror: cos 2t and sin 2t of the mirrors, each (B or 1, H, J).
+        rope: rotary tables (M, dk/2).
+        mask: True for the tokens that count (B, M).
+        power: exponent of the map.
+
+    Returns:
+        S (B, H, dk, dv) and s (B, H, dk), means over the tokens, and the token count (B,).
+    """
+    phi_k = feature_map(k, mirror, power)
+    v = v.to(phi_k.dtype)
+    if mask is None:
+        count = phi_k.new_full((k.shape[0],), float(k.shape[1]))
+    else:
+        phi_k = phi_k * mask[:, :, None, None].to(phi_k.dtype)
+        # A masked value may be inf or nan: 0 · inf would poison the state.
+        v = v.masked_fill(~mask[:, :, None, None], 0.0)
+        count = mask.sum(1).to(phi_k.dtype)
+    scale = count.clamp(min=1.0).reciprocal()
+    key_mean = phi_k.sum(1) * scale[:, None, None]
+    roped = phi_k if rope is None else rotate(phi_k, *rope)
+    state = torch.einsum("bmhd,bmhe->bhde", roped * scale[:, None, None, None], v)
+    return state, key_mean, count
+
+
+def apply_state(
+    q: Tensor,
+    state: Tensor,
+    key_mean: Tensor,
+    *,
+    mirror: Tables | None = None,
+    rope: Tables | None = None,
+    power: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Read a key-value state with queries.
+
+    Args:
+        q: queries (B, N, H, dk).
+        state: S (B, H, dk, dv) of `kv_state`.
+        key_mean: s (B, H, dk) of `kv_state`.
+        mirror: cos 2t and sin 2t of the mirrors, each (B or 1, H, J).
+        rope: rotary tables (N, dk/2).
+        power: exponent of the map.
+        eps: added to the denominator, which is >= 0 by construction.
+
+    Returns:
+        (B, N, H, dv) in q's dtype; zero for a query whose map is zero everywhere.
+    """
+    phi_q = feature_map(q, mirror, power)
+    denominator = torch.einsum("bnhd,bhd->bnh", phi_q, key_mean) + eps
+    roped = phi_q if rope is None else rotate(phi_q, *rope)
+    numerator = torch.einsum("bnhd,bhde->bnhe", roped, state)
+    return (numerator / denominator.unsqueeze(-1)).to(q.dtype)
+
+
+def mirror_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mirror: Tables | None = None,
+    q_rope: Tables | None = None,
+    k_rope: Tables | None = None,
+    mask: Tensor | None = None,
+    power: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Non-causal linear attention over mirrored features, at a cost linear in N and M.
+
+    Args:
+        q: queries (B, N, H, dk).
+        k: keys (B, M, H, dk).
+        v: values (B, M, H, dv).
+        mirror: cos 2t and sin 2t of the mirrors, each (B or 1, H, J); None is the plain ReLU map.
+        q_rope: rotary tables of the queries (N, dk/2).
+        k_rope: rotary tables of the keys (M, dk/2).
+        mask: True for the keys that count (B, M).
+        power: exponent of the map.
+        eps: added to the denominator.
+
+    Returns:
+        (B, N, H, dv) in q's dtype.
+    """
+    with _without_autocast(q.device.type):  # fp32 sums: see the head of the file
+        state, key_mean, _ = kv_state(k, v, mirror=mirror, rope=k_rope, mask=mask, power=power)
+        return apply_state(q, state, key_mean, mirror=mirror, rope=q_rope, power=power, eps=eps)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    if not torch.amp.is_autocast_available(device_type):  # the meta device, for one
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

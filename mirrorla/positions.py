@@ -1,0 +1,59 @@
+"""Rotary positions of a two-dimensional grid, without complex numbers and without parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Wavelengths from 2 pi to about 200 pi tokens: the longest still varies over the largest grids in use.
+ROPE_BASE = 100.0
+
+
+def rope_tables(height: int, width: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Tables of the axial two-dimensional rotary embedding.
+
+    Args:
+        height: rows of the token grid.
+        width: columns of the token grid.
+        head_dim: channels of a head, even; half of its pairs turn with the row, the rest with the column.
+        device: where the tables are made.
+
+    Returns:
+        cos and sin, each (height·width, head_dim/2) float32, tokens in row-major order.
+    """
+    pairs = head_dim // 2
+    row_pairs = pairs // 2
+    column_pairs = pairs - row_pairs
+    rows = torch.arange(height, device=device, dtype=torch.float32)
+    columns = torch.arange(width, device=device, dtype=torch.float32)
+    row_angle = rows[:, None] * _frequencies(row_pairs, device)
+    column_angle = columns[:, None] * _frequencies(column_pairs, device)
+    angle = torch.cat(
+        (
+            row_angle[:, None, :].expand(height, width, row_pairs),
+            column_angle[None, :, :].expand(height, width, column_pairs),
+        ),
+        dim=-1,
+    ).reshape(height * width, pairs)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs (2j, 2j+1) by the angles of the tables.
+
+    Args:
+        x: features (B, N, H, d).
+        cos: (N, d/2).
+        sin: (N, d/2).
+
+    Returns:
+        (B, N, H, d) in x's dtype.
+    """
+    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)  # (N, 1, J)
+    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2)
+
+
+def _frequencies(count: int, device: torch.device | None) -> Tensor:
+    exponent = torch.arange(count, device=device, dtype=torch.float32) / max(count, 1)
+    return torch.pow(torch.tensor(ROPE_BASE, device=device), -exponent)

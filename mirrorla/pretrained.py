@@ -1,0 +1,126 @@
+"""Start from weights in a file, and say exactly what fitted and what did not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_log = logging.getLogger(__name__)
+_PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
+# Parts whose shape follows the task: they may differ or be absent; everything else must fit.
+_TASK_PARTS = ("head.", "norms.", "fc.", "classifier.")
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """What loading a checkpoint did.
+
+    Attributes:
+        loaded: number of tensors taken over.
+        missing: names in the model that the file lacks; they keep their start.
+        unexpected: names in the file that the model lacks.
+        mismatched: "name: file shape, model shape" of tensors left out because their shapes differ.
+    """
+
+    loaded: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{self.loaded} tensors loaded"]
+        for label in ("missing", "unexpected", "mismatched"):
+            names = getattr(self, label)
+            if names:
+                rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                parts.append(f"{len(names)} {label} ({', '.join(names[:3])}{rest})")
+        return "; ".join(parts)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a .safetensors file, or a torch checkpoint of weights, without ever unpickling objects.
+
+    Args:
+        path: the file. Of a training checkpoint the averaged weights are taken if it has them, else the model's.
+
+    Returns:
+        Names, without wrappers' prefixes, to tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"pretrained weights {str(path)!r} do not exist: give a .safetensors or .pt file")
+    state: object = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+    for key in ("ema_state_dict", "state_dict_ema", "state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
+    if not tensors:
+        raise ValueError(f"pretrained weights {str(path)!r} hold no tensors: export them with safetensors")
+    return {_without_prefix(name): tensor for name, tensor in tensors.items()}
+
+
+def load_pretrained(model: nn.Module, path: str | Path) -> KeyReport:
+    """Load weights strictly, except for the parts that belong to the task.
+
+    A classifier of another class count, a missing classifier or missing dense norms keep their start; any other
+    difference means another architecture and is refused.
+
+    Args:
+        model: changed in place.
+        path: a .safetensors or torch file of weights.
+
+    Returns:
+        What was loaded and what was not; also logged.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the weights are of another variant; the first differing tensor is named.
+    """
+    weights = read_weights(path)
+    own = model.state_dict()
+    shared = {name for name in weights if name in own}
+    mismatched = sorted(name for name in shared if weights[name].shape != own[name].shape)
+    missing = sorted(own.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - own.keys())
+    for problem, names in (("differs in shape", mismatched), ("is missing", missing), ("is unknown here", unexpected)):
+        wrong = [name for name in names if not name.startswith(_TASK_PARTS)]
+        if wrong:
+            sizes = f" ({_shape(weights, wrong[0])} in the file, {_shape(own, wrong[0])} in the model)"
+            raise ValueError(
+                f"{str(path)!r} is a checkpoint of another model: {wrong[0]} {problem}{sizes}, and "
+                f"{len(wrong) - 1} more tensors; choose the variant and mirror options it was trained with"
+            )
+    model.load_state_dict({name: weights[name] for name in shared.difference(mismatched)}, strict=False)
+    report = KeyReport(
+        loaded=len(shared) - len(mismatched),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        mismatched=tuple(f"{name}: {_shape(weights, name)}, {_shape(own, name)}" for name in mismatched),
+    )
+    _log.info("%s: %s", path, report)
+    return report
+
+
+def _load_torch(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _without_prefix(name: str) -> str:
+    while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return "x".join(str(size) for size in tensors[name].shape) or "scalar" if name in tensors else "absent"
