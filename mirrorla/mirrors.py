@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from mirrorla.pairs import reflect_pairs
+
 # The mirror at this angle swaps the two channels of a block, which ReLU attention without positions cannot see.
 NEUTRAL_ANGLE = 0.75 * math.pi
 
@@ -27,8 +29,7 @@ def block_mirror(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (..., d) in the promoted dtype. The map is symmetric, orthogonal and its own inverse.
     """
-    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (..., J)
-    return torch.stack((-(cos * x0 + sin * x1), cos * x1 - sin * x0), dim=-1).flatten(-2)
+    return reflect_pairs(x, cos, sin)
 
 
 def cross_head_mirror(x: Tensor, u: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mirrorla.pairs import rotate_pairs
+
 # Wavelengths from 2 pi to about 200 pi tokens: the longest still varies over the largest grids in use.
 ROPE_BASE = 100.0
 
@@ -49,9 +51,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (B, N, H, d) in x's dtype.
     """
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)  # (N, 1, J)
-    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2)
+    return rotate_pairs(x, cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype))
 
 
 def _frequencies(count: int, device: torch.device | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds no weights.
+        ValueError: the file is damaged, holds pickled objects, or no weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,7 +114,13 @@ def load_pretrained(model: nn.Module, path: str | Path) -> KeyReport:
 
 
 def _load_torch(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"pretrained weights {str(path)!r} are damaged or hold more than tensors, and are refused "
+            f"({str(error).splitlines()[0]}): export them with safetensors"
+        ) from error
 
 
 def _without_prefix(name: str) -> str:

@@ -81,13 +81,16 @@ def create_backbone(
             raise ValueError(f"backbone {name!r} has no mirrors: leave mirror and attention at their defaults")
         model = timm.create_model(name, num_classes=num_classes, drop_path_rate=drop_path_rate)
     else:
-        known = [*VARIANTS, *timm.list_models()]
-        near = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(f"mirrorla_{name}", known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(VARIANTS)}, or a timm model name"
-        raise ValueError(f"backbone {name!r} is unknown: {hint}")
+        raise ValueError(f"backbone {name!r} is unknown: {_nearest(name)}")
     if pretrained is not None:
         load_pretrained(model, pretrained)
     return model
+
+
+def _nearest(name: str) -> str:
+    own = difflib.get_close_matches(name if name.startswith("mirrorla") else f"mirrorla_{name}", VARIANTS, 1, 0.85)
+    near = own or difflib.get_close_matches(name, timm.list_models(), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(VARIANTS)}, or a timm model name"
 
 
 def _build(variant: str, pretrained: bool = False, **options: Any) -> nn.Module:

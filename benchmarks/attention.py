@@ -1,0 +1,188 @@
+"""Time and peak memory of mirror attention over the number of tokens, beside softmax attention.
+
+    python -m benchmarks.attention [--device cpu] [--tokens 256,1024,4096,16384,65536]
+
+Every point runs in a process of its own, so that peak memory is that point's. Softmax is torch's
+scaled_dot_product_attention in the same layer: same projections, gate and positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from benchmarks.common import RESULTS, measure, provenance, quantiles_ms, write_csv
+from mirrorla import MirrorAttention
+
+DIM, HEADS = 128, 4
+KINDS = ("mirror", "softmax")
+DIRECTIONS = ("forward", "forward+backward")
+MIB = 2**20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure every point, write the CSV and the plot, print the table.
+
+    Args:
+        arguments: command line; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    if options.point:
+        print(json.dumps(measure_point(json.loads(options.point))))
+        return 0
+    device = torch.device(options.device)
+    tokens = [int(n) for n in options.tokens.split(",")]
+    points = [
+        {"device": options.device, "kind": kind, "direction": direction, "N": n, "budget_s": options.budget_s}
+        for direction, kind, n in itertools.product(DIRECTIONS, KINDS, tokens)
+    ]
+    rows = [
+        {**_run_point(point), **provenance(device)} for point in track(points, description="attention")
+    ]
+    path = options.out or RESULTS / f"attention_{device.type}.csv"
+    write_csv(path, rows)
+    plot(rows, path.with_suffix(".png"))
+    print(table(rows))
+    print(f"written: {path} and {path.with_suffix('.png').name}")
+    return 0
+
+
+def measure_point(point: dict[str, object]) -> dict[str, str]:
+    """Measure one kind of attention at one number of tokens, in this process.
+
+    Args:
+        point: device, kind, direction, N and budget_s.
+
+    Returns:
+        The CSV columns of the point.
+    """
+    device, N = torch.device(str(point["device"])), int(str(point["N"]))
+    kind, backward = point["kind"], point["direction"] == "forward+backward"
+    assert kind == "mirror" or kind == "softmax"
+    torch.manual_seed(0)
+    layer = MirrorAttention(DIM, HEADS, kind=kind).to(device).train(backward)
+    grid = _grid(N)
+
+    def run(tokens: int = N, shape: tuple[int, int] = grid) -> None:
+        x = torch.randn(1, tokens, DIM, device=device)
+        with torch.set_grad_enabled(backward):
+            out = layer(x, shape)
+        if backward:
+            out.sum().backward()
+
+    run(64, (8, 8))  # libraries allocate their own workspaces before the baseline is read
+    before = _memory_mib(device)
+    seconds = measure(run, device, budget_s=float(str(point["budget_s"])))
+    return {
+        "kind": str(kind),
+        "direction": str(point["direction"]),
+        "dim": str(DIM),
+        "heads": str(HEADS),
+        "N": str(N),
+        "repeats": str(len(seconds)),
+        **quantiles_ms(seconds),
+        "peak_mib": f"{_memory_mib(device) - before:.1f}",
+    }
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The points as text, with the growth of time from one N to the next.
+
+    Args:
+        rows: CSV rows in the order of `main`.
+
+    Returns:
+        One line a point: direction, kind, N, median, growth for four times the tokens, peak memory.
+    """
+    lines = [f"{'direction':17} {'kind':8} {'N':>6} {'p50 ms':>10} {'x':>5} {'peak MiB':>9}"]
+    last: dict[str, str] = {}
+    for row in rows:
+        same = (row["kind"], row["direction"]) == (last.get("kind"), last.get("direction"))
+        growth = f"{float(row['p50_ms']) / float(last['p50_ms']):5.2f}" if same else " " * 5
+        lines.append(
+            f"{row['direction']:17} {row['kind']:8} {row['N']:>6} {row['p50_ms']:>10} {growth} {row['peak_mib']:>9}"
+        )
+        last = row
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Draw time and peak memory over N, both axes logarithmic.
+
+    Args:
+        rows: CSV rows.
+        path: the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    colours = {"mirror": "#1f77b4", "softmax": "#d62728"}
+    for direction, kind in itertools.product(DIRECTIONS, KINDS):
+        chosen = [row for row in rows if (row["kind"], row["direction"]) == (kind, direction)]
+        style = "-o" if direction == "forward" else "--s"
+        for panel, column in zip(panels, ("p50_ms", "peak_mib"), strict=True):
+            n = [int(row["N"]) for row in chosen]
+            values = [float(row[column]) for row in chosen]
+            panel.loglog(n, values, style, color=colours[kind], label=f"{kind}, {direction}", base=2)
+    for panel, title in zip(
+        panels, ("time per layer, ms (median)", "peak memory above the baseline, MiB"), strict=True
+    ):
+        panel.set(xlabel="tokens N", title=title)
+        panel.set_yscale("log", base=10)
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.suptitle(
+        f"attention layer, C = {DIM}, {HEADS} heads, fp32, {rows[0]['device']} (commit {rows[0]['commit']})"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--tokens", default="256,1024,4096,16384,65536", help="numbers of tokens, by commas")
+    parser.add_argument("--budget_s", type=float, default=2.0, help="seconds of repetitions for each point")
+    parser.add_argument("--out", type=Path, help="CSV file (default: benchmarks/results/attention_DEVICE.csv)")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    return parser
+
+
+def _run_point(point: dict[str, object]) -> dict[str, str]:
+    command = [sys.executable, "-m", "benchmarks.attention", "--point", json.dumps(point)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{point}: {done.stderr.strip().splitlines()[-1]}")
+    row: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def _grid(tokens: int) -> tuple[int, int]:
+    """The squarest grid with exactly this many cells."""
+    height = next(h for h in range(int(tokens**0.5), 0, -1) if tokens % h == 0)
+    return height, tokens // height
+
+
+def _memory_mib(device: torch.device) -> float:
+    """Highest memory so far: the process's on a CPU, the allocator's on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mirrorla import MirrorConfig, create_backbone, load_pretrained
+
+
+def weights(model):
+    return {k: v.clone().contiguous() for k, v in model.state_dict().items()}
+
+
+def pico(**options):
+    return create_backbone("mirrorla_pico", **{"num_classes": 10, **options})
+
+
+@pytest.mark.parametrize("wrap", ["safetensors", "torch", "lightning", "ema", "ddp"])
+def test_every_kind_of_file_loads_completely(tmp_path, wrap):
+    source, target = pico(), pico()
+    state = weights(source)
+    path = tmp_path / ("w.safetensors" if wrap == "safetensors" else "w.pt")
+    if wrap == "safetensors":
+        save_file(state, path)
+    elif wrap == "torch":
+        torch.save(state, path)
+    elif wrap == "lightning":
+        torch.save({"state_dict": {f"model._orig_mod.{k}": v for k, v in state.items()}, "epoch": 3}, path)
+    elif wrap == "ema":
+        other = {f"model.{k}": torch.zeros_like(v) for k, v in state.items()}
+        torch.save({"state_dict": other, "ema_state_dict": {f"model.{k}": v for k, v in state.items()}}, path)
+    else:
+        torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, path)
+    report = load_pretrained(target, path)
+    assert report.loaded == len(state) and not (report.missing or report.unexpected or report.mismatched)
+    assert all(torch.equal(value, state[key]) for key, value in target.state_dict().items())
+    assert str(report) == f"{len(state)} tensors loaded"
+
+
+def test_another_class_count_keeps_the_classifier_and_says_so(tmp_path):
+    save_file(weights(pico(num_classes=7)), tmp_path / "w.safetensors")
+    target = pico()
+    before = target.head.fc.weight.clone()
+    report = load_pretrained(target, tmp_path / "w.safetensors")
+    assert report.mismatched == ("head.fc.bias: 7, 10", "head.fc.weight: 7x256, 10x256")
+    assert torch.equal(target.head.fc.weight, before)
+    assert "2 mismatched (head.fc.bias" in str(report)
+
+
+def test_a_dense_model_takes_a_classifiers_backbone(tmp_path):
+    import timm
+
+    save_file(weights(pico()), tmp_path / "w.safetensors")
+    dense = timm.create_model("mirrorla_pico", features_only=True).model
+    report = load_pretrained(dense, tmp_path / "w.safetensors")
+    assert all(name.startswith("norms.") for name in report.missing) and len(report.missing) == 8
+    assert all(name.startswith("head.") for name in report.unexpected)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: create_backbone("mirrorla_xtiny", num_classes=10), "checkpoint of another model: .* differs in shape"),
+        (lambda: pico(mirror=MirrorConfig(cross_head=False)), "checkpoint of another model: .*mirrors.u is missing"),
+        (lambda: pico(mirror=MirrorConfig(modulation="ema")), "running_rho is unknown here"),
+    ],
+)
+def test_another_variant_is_refused_and_nothing_is_changed(tmp_path, other, message):
+    save_file(weights(other()), tmp_path / "w.safetensors")
+    target = pico()
+    before = weights(target)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(target, tmp_path / "w.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+
+
+def test_missing_and_empty_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing.pt' do not exist: give a .safetensors or .pt file"):
+        load_pretrained(pico(), tmp_path / "nothing.pt")
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match="hold no tensors"):
+        load_pretrained(pico(), tmp_path / "empty.pt")
+
+
+def test_a_pickled_object_is_not_executed(tmp_path):
+    marker = tmp_path / "touched"
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="refused"):
+        load_pretrained(pico(), tmp_path / "evil.pt")
+    assert not marker.exists()
+
+
+def test_create_backbone_starts_from_a_file(tmp_path):
+    source = pico()
+    save_file(weights(source), tmp_path / "w.safetensors")
+    model = pico(pretrained=str(tmp_path / "w.safetensors"))
+    assert torch.equal(model.stem[0][0].weight, source.stem[0][0].weight)
