@@ -1,0 +1,48 @@
+"""Puts Lightning's restored loop counters into one of the few states it resumes from exactly.
+
+Written for Lightning 2.6, whose fit loop loses count in three cases: a checkpoint written at the last batch of an epoch
+leaves its epoch counter one behind, so that the next resume repeats part of an epoch; with max_steps and no validation
+due, a checkpoint of an epoch's end makes that epoch one batch longer; and one written while a batch was being trained
+counts that batch as begun for ever. The samples would still be right (the stream follows the number of trained
+batches), but epochs, and so validation and epoch-wise schedules, would shift.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def trained_batches(fit_loop: Any) -> int:
+    """Batches that Lightning's fit loop has finished since step 0, over all epochs and attempts."""
+    return int(fit_loop.epoch_loop.batch_progress.total.processed)
+
+
+def epoch_batches(length: int, limit: int | float) -> int:
+    """Batches of one of the trainer's epochs, from a loader's length and Trainer(limit_train_batches=…)."""
+    return min(length, limit) if isinstance(limit, int) else int(length * limit)
+
+
+def align_counters(fit_loop: Any, num_batches: int) -> None:
+    """Repair the counters of a restored fit loop; call it before the loop starts.
+
+    Args:
+        fit_loop: Lightning's, just restored from a checkpoint.
+        num_batches: of an epoch, see epoch_batches.
+    """
+    batches = fit_loop.epoch_loop.batch_progress
+    for counts in (batches.total, batches.current):  # a batch begun and not finished was never trained on
+        counts.ready = counts.started = counts.processed
+    if batches.current.processed >= num_batches:
+        _begin_next_epoch(fit_loop)
+
+
+def _begin_next_epoch(fit_loop: Any) -> None:
+    """From any state at an epoch's end to the one just before the next epoch's first hook."""
+    epochs, epoch_loop = fit_loop.epoch_progress, fit_loop.epoch_loop
+    for counts in (epochs.total, epochs.current):
+        counts.ready = counts.processed = counts.completed = counts.started
+    batches = epoch_loop.batch_progress
+    batches.total.completed = batches.total.processed
+    epoch_loop._batches_that_stepped = epoch_loop.global_step  # the loggers' step axis
+    for loop in (fit_loop, epoch_loop, epoch_loop.val_loop, epoch_loop.automatic_optimization):
+        loop._restarting = False  # the property would answer True whenever max_steps is set

@@ -1,0 +1,141 @@
+"""The run directory: where it is, whether it may be used, and which checkpoint a word like `last` means in it.
+
+RUN/config.yaml, environment.json, attempts.jsonl, checkpoints/, tensorboard/, logs/
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_modules.checkpoint import list_checkpoints, read_scores, step_file
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside one run directory.
+
+    Attributes:
+        root: the directory itself.
+    """
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the text logs, one per rank."""
+        return self.root / "logs"
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration of the latest attempt."""
+        return self.root / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, devices and command of the latest attempt."""
+        return self.root / "environment.json"
+
+    def prepare(self) -> None:
+        """Create the directory, readable by its owner only, and prove that it can be written.
+
+        Raises:
+            PermissionError: naming the directory and the mend.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for folder in (self.checkpoints, self.logs):
+                folder.mkdir(exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise PermissionError(
+                f"run_dir {self.root} cannot be written ({os.strerror(error.errno or 0)}); give another --run_dir"
+            ) from error
+
+
+def default_run_dir(config: Path | None) -> Path:
+    """`runs/<name>`: configs/digits/classification.yaml gives runs/digits-classification.
+
+    Args:
+        config: the first --config file, None without one.
+    """
+    if config is None:
+        return Path("runs/unnamed")
+    parts = config.resolve().with_suffix("").parts
+    if "configs" in parts[:-1]:
+        last = len(parts) - 1 - parts[::-1].index("configs")
+        return Path("runs") / "-".join(parts[last + 1 :])
+    return Path("runs") / parts[-1]
+
+
+def resolve_checkpoint(word: str | None, run: RunDirectory, *, training: bool) -> Path | None:
+    """Turn --ckpt_path into a file.
+
+    Args:
+        word: "last", "best", a checkpoint file, another run directory, or None.
+        run: the run directory of this command.
+        training: fit (True) continues from `last`; the evaluating verbs prefer `best`.
+
+    Returns:
+        The file; None when a training starts from step 0, or when nothing was trained and nothing was asked for.
+
+    Raises:
+        ValueError: training into a run that already has checkpoints without saying so, or an http address.
+        FileNotFoundError: no such file, or no checkpoint in the run.
+    """
+    if word is None:
+        return _without_word(run, training)
+    if word == "last" and training:
+        return newest(run)
+    if word in ("last", "best"):
+        return _require(newest(run) if word == "last" else best(run), word, run)
+    if "://" in word:
+        raise ValueError(f"ckpt_path {word!r} is a remote address; copy the file here first and give its path")
+    path = Path(word)
+    if path.is_dir():
+        other = RunDirectory(path)
+        return _require(newest(other) if training else best(other) or newest(other), word, other)
+    if not path.is_file():
+        raise FileNotFoundError(f"ckpt_path {word} is no file and no run directory; use last, best, a file or a run")
+    return path
+
+
+def newest(run: RunDirectory) -> Path | None:
+    """The checkpoint with the highest step, if any."""
+    found = list_checkpoints(run.checkpoints)
+    return found[-1] if found else None
+
+
+def best(run: RunDirectory) -> Path | None:
+    """The best evaluated checkpoint that still exists, if any."""
+    files = (step_file(run.checkpoints, score.step) for score in read_scores(run.checkpoints))
+    return next((path for path in files if path.is_file()), None)
+
+
+def _without_word(run: RunDirectory, training: bool) -> Path | None:
+    if not training:
+        return best(run) or newest(run)
+    existing = newest(run)
+    if existing is not None:
+        raise ValueError(
+            f"run_dir {run.root} already holds {existing.name}; "
+            "continue it with --ckpt_path last, or give another --run_dir"
+        )
+    return None
+
+
+def _require(path: Path | None, word: str, run: RunDirectory) -> Path:
+    if path is None:
+        raise FileNotFoundError(f"ckpt_path {word}: nothing in {run.checkpoints} yet; train with mirrorla fit")
+    return path

@@ -1,0 +1,110 @@
+"""Explicit wiring: which callbacks, logger and plugins a verb gets."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from lightning_modules.callbacks.checkpointing import CheckpointConfig, RunCheckpoints
+from lightning_modules.callbacks.figures import ClassificationFigures, MonitoringConfig
+from lightning_modules.callbacks.mirror_metrics import MirrorMetrics
+from lightning_modules.callbacks.predictions import WritePredictions
+from lightning_modules.callbacks.preemption import StopOnSignal
+from lightning_modules.callbacks.progress import EpochLines, progress_bar
+from lightning_modules.callbacks.run_record import Introduction, RunRecord
+from lightning_modules.callbacks.step_seed import StepSeed
+from lightning_modules.callbacks.throughput import Throughput
+from lightning_modules.checkpoint import CommittedCheckpointIO, step_of
+from lightning_modules.classification import ClassificationModule
+from lightning_modules.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What the parts of one command need to know.
+
+    Attributes:
+        verb: fit, validate, test or predict.
+        run: the run directory.
+        resume_from: the checkpoint to continue or evaluate, if any.
+        seed: the run's seed.
+        config_text: the resolved configuration as YAML.
+        checkpoint: how often to save.
+        monitoring: how often to look closely.
+    """
+
+    verb: str
+    run: RunDirectory
+    resume_from: Path | None
+    seed: int
+    config_text: str
+    checkpoint: CheckpointConfig
+    monitoring: MonitoringConfig
+
+
+def is_terminal() -> bool:
+    """Whether a person watches, rather than a log file."""
+    return sys.stderr.isatty() and sys.stdout.isatty()
+
+
+def build_callbacks(wiring: Wiring, model: LightningModule, enable_progress: bool | None) -> list[Callback]:
+    """The callbacks of a verb, in the order their hooks run (Lightning moves checkpoints to the end).
+
+    Args:
+        wiring: the command.
+        model: decides which figures fit.
+        enable_progress: the Trainer's enable_progress_bar; None is on.
+    """
+    progress: list[Callback] = []
+    if enable_progress is not False:
+        progress = [progress_bar() if is_terminal() else EpochLines()]
+    if wiring.verb != "fit":
+        predictions = [WritePredictions(wiring.run.root / "predictions.csv")] if wiring.verb == "predict" else []
+        return [StopOnSignal(None), Introduction(), *predictions, *progress]
+    checkpoints = RunCheckpoints(wiring.run.checkpoints, wiring.checkpoint)
+    figures = [ClassificationFigures(wiring.monitoring)] if isinstance(model, ClassificationModule) else []
+    return [
+        StepSeed(wiring.seed),
+        Introduction(),
+        RunRecord(wiring.run, wiring.config_text),
+        Throughput(),
+        *figures,
+        MirrorMetrics(wiring.monitoring),
+        *progress,
+        StopOnSignal(checkpoints),
+        checkpoints,
+    ]
+
+
+def build_logger(wiring: Wiring, wanted: Any) -> Any:
+    """One TensorBoard curve per run directory, however often it is resumed.
+
+    Args:
+        wiring: the command; entries at or beyond the step of its checkpoint belong to steps that are trained again
+            and are purged.
+        wanted: the Trainer's logger option; None or True takes ours.
+
+    Returns:
+        The logger; False where only evaluating, so that a run's curve stays its training's.
+    """
+    if wanted is False or wiring.verb != "fit":
+        return False
+    if wanted is not None and wanted is not True:
+        return wanted
+    purge_step = None if wiring.resume_from is None else step_of(wiring.resume_from)
+    folder = wiring.run.tensorboard
+    logger: Logger = TensorBoardLogger(
+        folder.parent, name=folder.name, version="", purge_step=purge_step, default_hp_metric=False
+    )
+    return logger
+
+
+def build_plugins(wanted: Any) -> list[Any]:
+    """Committed checkpoint files, and SLURM without Lightning's own requeueing."""
+    given = wanted if isinstance(wanted, list) else [] if wanted is None else [wanted]
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [*given, CommittedCheckpointIO(), *slurm]
