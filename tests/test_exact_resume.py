@@ -23,6 +23,7 @@ TRAIN = TrainTransform(8, crop=False, auto_augment=None, color_jitter=0.0, rando
 EVAL = EvalTransform(8, None)
 BATCHES = 7  # 57 training samples in batches of 8
 EPOCHS = 3
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +71,12 @@ class Recorder(LightningModule):
 
 def trainer(*callbacks, **options):
     options = {"max_epochs": EPOCHS, "num_sanity_val_steps": 0, **options}
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **options,
-    )
+    return Trainer(accelerator="cpu", callbacks=list(callbacks), **QUIET, **options)
 
 
-def fit(dm, *callbacks, kind=Recorder, ckpt=None, **options):
+def fit(dm, *callbacks, ckpt=None, **options):
     seed_everything(0, verbose=False)
-    model = kind()
+    model = Recorder()
     trainer(*callbacks, **options).fit(model, datamodule=dm, ckpt_path=ckpt)
     return model
 
