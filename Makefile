@@ -36,7 +36,7 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 
 test: lint
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: lint
 	@$(BIN)/python -m pytest -m "slow and not gpu"
