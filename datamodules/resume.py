@@ -1,4 +1,4 @@
-"""Puts Lightning's restored loop counters into one of the few states it resumes from exactly.
+"""What a resumed run may not change, and Lightning's restored counters put into a state that it resumes from exactly.
 
 Written for Lightning 2.6, whose fit loop loses count in three cases: a checkpoint written at the last batch of an epoch
 leaves its epoch counter one behind, so that the next resume repeats part of an epoch; with max_steps and no validation
@@ -9,7 +9,50 @@ batches), but epochs, and so validation and epoch-wise schedules, would shift.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, get_args
+
+from datamodules.types import DataError
+
+GuardField = Literal["seed", "lanes", "window", "batch_size", "repeats", "dataset_digest"]
+"""What a checkpoint's position depends on and a user may change on purpose; the order's version is not among them."""
+
+
+def changed_fields(
+    then: Mapping[str, int | str], now: Mapping[str, int | str], allowed: Collection[GuardField]
+) -> list[str]:
+    """Compare the guard of a checkpoint with that of this run.
+
+    Where a change is allowed, the position keeps its meaning as a number of global batches: the stream goes on at that
+    batch of the new order. Samples of the pass under way then come twice or not at all; later passes are exact.
+
+    Args:
+        then: the checkpoint's guard.
+        now: this run's.
+        allowed: fields that may differ.
+
+    Returns:
+        The fields that differ.
+
+    Raises:
+        DataError: naming a field that differs and is not allowed to, with the flag that allows it.
+    """
+    changed = [name for name in now if then.get(name) != now[name]]
+    for name in changed:
+        if name not in allowed:
+            raise DataError(
+                f"the checkpoint was written with data.{name} {then.get(name)}, this run has {now[name]}; {_mend(name)}"
+            )
+    return changed
+
+
+def _mend(name: str) -> str:
+    if name not in get_args(GuardField):
+        return "resume with the version of this program that wrote it, or start a new run"
+    return (
+        f"resume with the same value, or allow the change with --data.allow_changed '[{name}]': "
+        "samples of the epoch under way then come twice or not at all"
+    )
 
 
 def trained_batches(fit_loop: Any) -> int:
@@ -32,7 +75,9 @@ def align_counters(fit_loop: Any, num_batches: int) -> None:
     batches = fit_loop.epoch_loop.batch_progress
     for counts in (batches.total, batches.current):  # a batch begun and not finished was never trained on
         counts.ready = counts.started = counts.processed
-    if batches.current.processed >= num_batches:
+    validation = fit_loop.epoch_loop.val_loop.batch_progress.total
+    # A validation that a stop interrupted belongs to this epoch still: Lightning repeats it.
+    if batches.current.processed >= num_batches and validation.processed == validation.started:
         _begin_next_epoch(fit_loop)
 
 

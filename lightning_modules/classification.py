@@ -123,7 +123,14 @@ class ClassificationModule(LightningModule):
     def card(self) -> ModelCard:
         """What a checkpoint of this module says about itself."""
         config = self.backbone_config
-        return ModelCard("classification", config.name, self.num_classes, self.ema is not None, asdict(config.mirror))
+        return ModelCard(
+            task="classification",
+            backbone=config.name,
+            num_classes=self.num_classes,
+            has_ema=self.ema is not None,
+            attention=list(config.attention),
+            mirror=asdict(config.mirror),
+        )
 
     def describe(self) -> str:
         """One line about the model: name, parameters, attention layout, averaging."""

@@ -1,6 +1,6 @@
 """What a checkpoint says about the model inside it, in plain types, and whether it fits the model at hand."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 
@@ -13,6 +13,7 @@ class ModelCard:
         backbone: variant name.
         num_classes: C.
         has_ema: whether averaged weights are inside.
+        attention: kind of attention in each stage.
         mirror: options of the mirrors.
     """
 
@@ -22,6 +23,7 @@ class ModelCard:
     backbone: str
     num_classes: int
     has_ema: bool
+    attention: list[str]
     mirror: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -33,7 +35,7 @@ class ModelCard:
         """Read the card of a loaded checkpoint.
 
         Raises:
-            ValueError: when the checkpoint was not written by this project.
+            ValueError: when the checkpoint was not written by this project, or by another version of it.
         """
         card = checkpoint.get(cls.KEY)
         if card is None:
@@ -41,7 +43,12 @@ class ModelCard:
                 "this checkpoint holds no mirrorla model card, so it was not written by `mirrorla fit`; "
                 "to start from foreign weights use --model.backbone.pretrained FILE"
             )
-        return cls(**card)
+        missing = {field.name for field in fields(cls)} - card.keys()
+        if missing:
+            raise ValueError(
+                f"this checkpoint's model card lacks {', '.join(sorted(missing))}: it is of another version"
+            )
+        return cls(**{field.name: card[field.name] for field in fields(cls)})
 
     def require_match(self, found: "ModelCard") -> None:
         """Refuse weights of another model.
@@ -57,6 +64,7 @@ class ModelCard:
             ("backbone", "--model.backbone.name"),
             ("num_classes", "--model.num_classes"),
             ("has_ema", "--model.ema_decay"),
+            ("attention", "--model.backbone.attention"),
             ("mirror", "--model.backbone.mirror"),
         ):
             inside, wanted = getattr(found, field), getattr(self, field)

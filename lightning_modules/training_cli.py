@@ -14,13 +14,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_modules import config_checks, console
 from lightning_modules.callbacks.checkpointing import CheckpointConfig
 from lightning_modules.callbacks.figures import MonitoringConfig
-from lightning_modules.callbacks.preemption import has_started
+from lightning_modules.callbacks.preemption import has_started, is_validated
 from lightning_modules.config_keys import KeyTree, load_class
 from lightning_modules.errors import UsageError, is_users_mistake, one_line
 from lightning_modules.parser import OneLineParser, one_line_complaint
 from lightning_modules.run_directory import RunDirectory, default_run_dir, resolve_checkpoint
 from lightning_modules.stop_signals import StopRequested
-from lightning_modules.tensorboard import Tag
 from lightning_modules.wiring import Wiring, build_callbacks, build_logger, build_plugins, is_terminal
 
 _log = logging.getLogger("mirrorla")
@@ -204,7 +203,9 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the result and where it is."""
-        if Tag.VAL_TOP1 not in self.trainer.callback_metrics and self.trainer.limit_val_batches != 0:
+        if not is_validated(self.trainer) and self.trainer.limit_val_batches != 0:
+            if not has_started(self.trainer):  # a finished run, started again: its curve is complete
+                self.trainer.loggers = []
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self._print_scores("val")
         _print(f"run directory   {self.run_directory.root}")

@@ -155,6 +155,8 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, data, options, message
 def test_checkpoint_without_card_is_refused():
     with pytest.raises(ValueError, match=r"holds no mirrorla model card, .* use --model.backbone.pretrained FILE"):
         ModelCard.from_checkpoint({"global_step": 1})
+    with pytest.raises(ValueError, match="model card lacks attention, has_ema, mirror, num_classes, task: it is"):
+        ModelCard.from_checkpoint({"mirrorla": {"backbone": "x", "later": 1}})
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ CANARY = "c4n4ry"
     [
         f"mirrorla fit --hub.token {CANARY}",
         f"mirrorla fit --db_password={CANARY} --data.path x",
+        f"data:\n  hub_token: {CANARY}\n  path: x",
         f"s3 https://user:{CANARY}@host/bucket",
         f"--data.aws_secret_access_key {CANARY}",
     ],
-    ids=["token", "password", "url", "key"],
+    ids=["token", "password", "yaml", "url", "key"],
 )
 def test_secrets_are_hidden(text):
     assert CANARY not in redact(text)

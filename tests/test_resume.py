@@ -40,6 +40,9 @@ class SignalAt(Callback):
             if self.left == 0:
                 os.kill(os.getpid(), self.number)
 
+    def setup(self, trainer, *args, **options):
+        self._count("setup", trainer)
+
     def on_train_batch_end(self, trainer, *args):
         self._count("train_batch", trainer)
 
@@ -64,7 +67,6 @@ def signals_restored():
 
 
 def fit(root: Path, data: Path, *callbacks: Callback, word: str | None = None, workers: int = 0, **options) -> Trainer:
-    stop_signals.restore()
     run = RunDirectory(root)
     run.prepare()
     torch.manual_seed(0)
@@ -84,6 +86,8 @@ def fit(root: Path, data: Path, *callbacks: Callback, word: str | None = None, w
         eval_transform=EvalTransform(image_size=32, resize=None),
     )
     every_n_steps = options.pop("every_n_steps", 0)
+    if word is not None:
+        stop_signals.restore()  # a new process would not remember
     resume_from = resolve_checkpoint(word, run, training=True)
     wiring = Wiring("fit", run, resume_from, 0, "", CheckpointConfig(every_n_steps=every_n_steps), MONITORING)
     trainer = Trainer(
@@ -171,8 +175,16 @@ def test_resume_gives_the_uninterrupted_run(tmp_path, digits, uninterrupted, hoo
     assert_same_run(tmp_path, uninterrupted)
 
 
+def test_signal_during_the_set_up_leaves_nothing_behind(tmp_path, digits):
+    stop_signals.install()
+    with pytest.raises(StopRequested, match="stopped by SIGINT after step 0"):
+        fit(tmp_path, digits, SignalAt("setup", 1, signal.SIGINT))
+    assert newest(RunDirectory(tmp_path)) is None
+
+
 def test_resume_after_two_stops_with_workers(tmp_path, digits, uninterrupted):
     for count in (2, 2):
+        stop_signals.restore()
         with pytest.raises(StopRequested):
             fit(tmp_path, digits, SignalAt("train_batch", count), word="last", workers=1)
     fit(tmp_path, digits, word="last", workers=1)

@@ -164,6 +164,31 @@ def test_last_starts_from_nothing_and_says_so(digits, tmp_path, capsys):
     assert [event.step for event in events_of(tmp_path).Scalars("train/loss")] == list(range(6))
 
 
+def test_finished_run_started_again_only_reports(trained, capsys):
+    before = events_of(trained).Scalars("val/top1")
+    assert main(["fit", "--config", str(trained / "config.yaml"), "--ckpt_path", "last"]) == 0
+    assert f"{before[-1].value:.2%}" in capsys.readouterr().out.splitlines()[0]
+    assert [event.step for event in events_of(trained).Scalars("val/top1")] == [event.step for event in before]
+    assert len((trained / "attempts.jsonl").read_text().splitlines()) == 2
+
+
+def test_result_is_that_of_the_last_step(digits, tmp_path, capsys):
+    """Training ends inside the second epoch: the score of the first one would be another network's."""
+    options = [
+        f"--data.path={digits}",
+        f"--run_dir={tmp_path}",
+        "--trainer.max_steps",
+        "5",
+        "--trainer.max_epochs",
+        "9",
+    ]
+    assert main(["fit", *CONFIG, *SMALL, *options]) == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    assert main(["validate", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", "last"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == told
+    assert [event.step for event in events_of(tmp_path).Scalars("val/top1")] == [2, 5]
+
+
 def test_peer_backbone_trains_in_the_same_module(digits, tmp_path, capsys):
     options = [f"--data.path={digits}", f"--run_dir={tmp_path}", "--trainer.max_epochs", "1"]
     peer = ["--model.backbone.name", "test_convnext", "--model.ema_decay", "null", "--data.num_workers", "0"]

@@ -24,7 +24,7 @@ class StopOnSignal(Callback):
     def __init__(self, checkpoints: RunCheckpoints | None) -> None:
         self.has_started = False
         self._checkpoints = checkpoints
-        self._validated_step = -1
+        self.validated_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals back from Lightning, whose own handler would save or broadcast inside the handler."""
@@ -34,7 +34,7 @@ class StopOnSignal(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop between two steps of an epoch; right after a validation it is that one's end that stops."""
         is_boundary = batch_idx > 0 and batch_idx % trainer.accumulate_grad_batches == 0
-        if is_boundary and trainer.global_step != self._validated_step:
+        if is_boundary and trainer.global_step != self.validated_step:
             self._stop_if_asked(trainer, Moment.NEXT_BATCH_READY)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,7 +61,7 @@ class StopOnSignal(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop after a validation inside an epoch; at the end of the epoch its own hook follows."""
-        self._validated_step = trainer.global_step
+        self.validated_step = trainer.global_step
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.is_last_batch:
             self._stop_if_asked(trainer, Moment.AS_COUNTED)
 
@@ -116,6 +116,12 @@ def has_started(trainer: Trainer) -> bool:
     """Whether a run got beyond its set-up: what goes wrong from then on is a failure, not a refusal."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return any(isinstance(callback, StopOnSignal) and callback.has_started for callback in callbacks)
+
+
+def is_validated(trainer: Trainer) -> bool:
+    """Whether the weights as they are now have been validated."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(c, StopOnSignal) and c.validated_step == trainer.global_step for c in callbacks)
 
 
 def _any_rank_asked(trainer: Trainer) -> bool:

@@ -91,5 +91,7 @@ class Introduction(Callback):
         if data is not None and hasattr(data, "dataset_digest"):
             splits = ", ".join(f"{split.samples} {name}" for name, split in data.info.splits.items())
             _log.info("dataset        %s: %s, %d classes", data.path, splits, data.num_classes)
+            if trainer.state.fn == "test" and "test" not in data.info.splits:
+                _log.info("split          there is no test split: testing on the validation split")
         devices = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
         _log.info("devices        %s, precision %s", devices, trainer.precision)
