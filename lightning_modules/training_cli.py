@@ -1,6 +1,7 @@
 """`mirrorla fit|validate|test|predict`: LightningCLI in subclass mode, wired to one run directory."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def run(verb: str, argv: Sequence[str]) -> int:
         _log.info("stopped by %s after step %d%s", stop.number.name, stop.step, mend)
         return stop.exit_code
     except MisconfigurationException as error:
-        raise UsageError(one_line(error)) from error
+        mend = "; without a GPU add --config trainer/cpu" if "backend found" in str(error) else ""
+        raise UsageError(one_line(error).rstrip(".!") + mend) from error
     finally:
         console.fall_silent()
     return 0
@@ -209,7 +211,7 @@ class TrainingCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self._print_scores("val")
         _print(f"run directory   {self.run_directory.root}")
-        _print(f"TensorBoard     tensorboard --logdir {self.run_directory.tensorboard}")
+        _print(f"TensorBoard     {_tensorboard_program()} --logdir {self.run_directory.tensorboard}")
 
     def after_validate(self) -> None:
         """Print the scores."""
@@ -236,6 +238,14 @@ class TrainingCLI(LightningCLI):
             _log.info("checkpoint     %s", self.resume_from)
         elif self._word == "last":
             _log.info("checkpoint     none yet in %s: starting from step 0", self.run_directory.checkpoints)
+
+
+def _tensorboard_program() -> str:
+    """How this shell can start TensorBoard: by name, or beside the Python that runs without being activated."""
+    beside = Path(sys.executable).with_name("tensorboard")
+    if shutil.which("tensorboard") or not beside.is_file():
+        return "tensorboard"
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def _has_pretrained(model: Any) -> bool:

@@ -197,3 +197,23 @@ def test_peer_backbone_trains_in_the_same_module(digits, tmp_path, capsys):
     checkpoint = load_plain(list_checkpoints(tmp_path / "checkpoints")[-1])
     assert checkpoint["mirrorla"]["backbone"] == "test_convnext"
     assert not any(isinstance(value, torch.nn.Module) for value in checkpoint.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do where there is no GPU")
+def test_a_recipe_for_gpus_says_how_to_run_without_one(tmp_path, digits, capfd):
+    command = ["fit", *CONFIG, "--config", "trainer/gpu", f"--data.path={digits}", f"--run_dir={tmp_path / 'r'}"]
+    assert main(command) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("mirrorla fit: error:") and error.endswith("without a GPU add --config trainer/cpu")
+
+
+def test_the_tensorboard_line_can_be_pasted_into_this_shell(monkeypatch):
+    import shutil
+    from pathlib import Path
+
+    from lightning_modules.training_cli import _tensorboard_program
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert Path(_tensorboard_program()).is_file()
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert _tensorboard_program() == "tensorboard"
