@@ -1,7 +1,7 @@
 """Arithmetic on channel pairs (2j, 2j+1): the rotations of positions and the reflections of mirrors.
 
-A pair is a point of the plane, or one complex number. Eager CPU code takes the complex view: one vectorised pass instead
-of eight strided ones. Everything else takes real arithmetic, which compilers fuse and exporters understand.
+A pair is a point of the plane, or one complex number. Eager CPU code takes the complex view: one vectorised pass
+instead of eight strided ones. Everything else takes real arithmetic, which compilers fuse and exporters understand.
 """
 
 from __future__ import annotations
