@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from datamodules.module import ClassificationDataModule
-from datamodules.pack import pack
 from datamodules.transforms import EvalTransform, TrainTransform
 from lightning_modules.callbacks.step_seed import StepSeed, step_seed
 from lightning_modules.checkpoint import CommittedCheckpointIO
@@ -20,13 +19,6 @@ from mirrorla import MirrorConfig
 # The averaged copy stays in evaluation mode on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 SGD_LIKE = OptimConfig(lr=1e-3, schedule="constant", weight_decay=0.0)
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "digits"
-    pack("digits", str(path))
-    return path
 
 
 @pytest.fixture

@@ -11,26 +11,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.pack import pack
-from lightning_modules import stop_signals
 from lightning_modules.checkpoint import list_checkpoints, step_of
 from lightning_modules.cli import main
 
 SCRIPT = str(Path(sys.executable).parent / "mirrorla")
 CPU = ["--config", "digits/classification", "--config", "trainer/cpu", "--trainer.log_every_n_steps", "1"]
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "digits"
-    pack("digits", str(path))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def signals_restored():
-    yield
-    stop_signals.restore()
 
 
 def curve(root, tag):

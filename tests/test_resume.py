@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datamodules.module import ClassificationDataModule
-from datamodules.pack import pack
 from datamodules.transforms import EvalTransform, TrainTransform
 from lightning_modules import stop_signals
 from lightning_modules.callbacks.checkpointing import CheckpointConfig
@@ -51,19 +50,6 @@ class SignalAt(Callback):
 
     def on_train_epoch_end(self, trainer, *args):
         self._count("epoch_end", trainer)
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "digits"
-    pack("digits", str(path))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def signals_restored():
-    yield
-    stop_signals.restore()
 
 
 def fit(root: Path, data: Path, *callbacks: Callback, word: str | None = None, workers: int = 0, **options) -> Trainer:

@@ -8,26 +8,12 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.pack import pack
 from lightning_modules import stop_signals
 from lightning_modules.checkpoint import list_checkpoints, load_plain, read_scores
 from lightning_modules.cli import main
 
 CONFIG = ["--config", "digits/classification"]
 SMALL = ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2", "--trainer.log_every_n_steps", "1"]
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "digits"
-    pack("digits", str(path))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def signals_restored():
-    yield
-    stop_signals.restore()
 
 
 @pytest.fixture(scope="module")
