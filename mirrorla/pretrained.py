@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
-_PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
+_WRAPPERS = ("_orig_mod.", "module.", "model.")
+_PARTS = ("ema.module.", "backbone.")  # of a training checkpoint, best first: only the first one present is the network
 # Parts whose shape follows the task: they may differ or be absent; everything else must fit.
 _TASK_PARTS = ("head.", "norms.", "fc.", "classifier.")
 
@@ -51,7 +52,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         path: the file. Of a training checkpoint the averaged weights are taken if it has them, else the model's.
 
     Returns:
-        Names, without wrappers' prefixes, to tensors on the CPU.
+        Names, without the prefixes of wrappers and of this project's training modules, to tensors on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
@@ -68,7 +69,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
     if not tensors:
         raise ValueError(f"pretrained weights {str(path)!r} hold no tensors: export them with safetensors")
-    return {_without_prefix(name): tensor for name, tensor in tensors.items()}
+    tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    for part in _PARTS:
+        if chosen := {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}:
+            return {_unwrapped(name): tensor for name, tensor in chosen.items()}
+    return tensors
 
 
 def load_pretrained(model: nn.Module, path: str | Path) -> KeyReport:
@@ -123,8 +128,8 @@ def _load_torch(path: Path) -> object:
         ) from error
 
 
-def _without_prefix(name: str) -> str:
-    while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
+def _unwrapped(name: str) -> str:
+    while prefix := next((p for p in _WRAPPERS if name.startswith(p)), None):
         name = name.removeprefix(prefix)
     return name
 

@@ -13,7 +13,7 @@ def pico(**options):
     return create_backbone("mirrorla_pico", **{"num_classes": 10, **options})
 
 
-@pytest.mark.parametrize("wrap", ["safetensors", "torch", "lightning", "ema", "ddp"])
+@pytest.mark.parametrize("wrap", ["safetensors", "torch", "lightning", "average", "compiled", "ema", "ddp"])
 def test_every_kind_of_file_loads_completely(tmp_path, wrap):
     source, target = pico(), pico()
     state = weights(source)
@@ -24,6 +24,11 @@ def test_every_kind_of_file_loads_completely(tmp_path, wrap):
         torch.save(state, path)
     elif wrap == "lightning":
         torch.save({"state_dict": {f"model._orig_mod.{k}": v for k, v in state.items()}, "epoch": 3}, path)
+    elif wrap == "average":  # a training checkpoint of this project: trained and averaged weights side by side
+        trained = {f"backbone.{k}": torch.zeros_like(v) for k, v in state.items()}
+        torch.save({"state_dict": {**trained, **{f"ema.module.{k}": v for k, v in state.items()}}}, path)
+    elif wrap == "compiled":
+        torch.save({"state_dict": {f"backbone._orig_mod.{k}": v for k, v in state.items()}}, path)
     elif wrap == "ema":
         other = {f"model.{k}": torch.zeros_like(v) for k, v in state.items()}
         torch.save({"state_dict": other, "ema_state_dict": {f"model.{k}": v for k, v in state.items()}}, path)

@@ -202,3 +202,10 @@ def test_the_tensorboard_line_can_be_pasted_into_this_shell(monkeypatch):
     assert Path(_tensorboard_program()).is_file()
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert _tensorboard_program() == "tensorboard"
+
+
+def test_a_new_run_starts_from_the_averaged_weights_of_another(trained, digits, tmp_path, capfd):
+    checkpoint = list_checkpoints(trained / "checkpoints")[-1]
+    options = [f"--model.backbone.pretrained={checkpoint}", f"--data.path={digits}", f"--run_dir={tmp_path / 'r'}"]
+    assert main(["fit", *CONFIG, *SMALL, *options, "--trainer.max_steps=1"]) == 0
+    assert f"{checkpoint}: " in (said := capfd.readouterr().err) and "tensors loaded\n" in said
