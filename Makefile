@@ -43,3 +43,4 @@ test-slow: lint
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.attention
+	@$(BIN)/python -m benchmarks.loader

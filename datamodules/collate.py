@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import default_collate
 
-from datamodules.types import ClassificationBatch, ClassificationSample, DataError
+from datamodules.types import ClassificationBatch, ClassificationSample, DataError, LoadedBatch
 
 
 def collate_classification(samples: Sequence[ClassificationSample]) -> ClassificationBatch:
@@ -20,6 +20,9 @@ def collate_classification(samples: Sequence[ClassificationSample]) -> Classific
     )
 
 
-def collate_or_fault(samples: Sequence[ClassificationSample] | DataError) -> ClassificationBatch | DataError:
+def collate_or_fault(samples: Sequence[ClassificationSample] | DataError) -> LoadedBatch | DataError:
     """Collate, or hand an error on as it is: raised in a worker it would arrive buried in a traceback's text."""
-    return samples if isinstance(samples, DataError) else collate_classification(samples)
+    if isinstance(samples, DataError):
+        return samples
+    faults = tuple(sample.fault for sample in samples if sample.fault is not None)
+    return LoadedBatch(collate_classification(samples), faults)

@@ -40,19 +40,22 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             format or damaged bytes.
     """
     if len(data) > MAX_IMAGE_BYTES:
-        raise CorruptSampleError(f"{where}: an image of {len(data)} bytes; the limit is {MAX_IMAGE_BYTES}")
+        raise CorruptSampleError(
+            f"{where}: an image of {len(data)} bytes; the limit is {MAX_IMAGE_BYTES}", "over_limit"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about harmless metadata, and about bombs below our limit
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_header(image, where)
                 return _to_rgb(image)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise CorruptSampleError(f"{where}: {error}") from None
+        raise CorruptSampleError(f"{where}: {error}", "over_limit") from None
     except Exception as error:  # Pillow's plugins raise almost anything on damaged bytes (OSError, SyntaxError, struct)
-        raise CorruptSampleError(f"{where}: not a readable JPEG, PNG or WEBP image ({_brief(error)})") from None
+        message = f"{where}: not a readable JPEG, PNG or WEBP image ({_brief(error)})"
+        raise CorruptSampleError(message, "undecodable") from None
 
 
 def _brief(error: Exception) -> str:
@@ -62,9 +65,11 @@ def _brief(error: Exception) -> str:
 def _check_header(image: Image.Image, where: str) -> None:
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
-        raise CorruptSampleError(f"{where}: an image of {width}x{height} pixels; the limit is {MAX_IMAGE_PIXELS}")
+        message = f"{where}: an image of {width}x{height} pixels; the limit is {MAX_IMAGE_PIXELS}"
+        raise CorruptSampleError(message, "over_limit")
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise CorruptSampleError(f"{where}: an animation of {getattr(image, 'n_frames', 1)} frames; pack single images")
+        message = f"{where}: an animation of {getattr(image, 'n_frames', 1)} frames; pack single images"
+        raise CorruptSampleError(message, "over_limit")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -92,5 +97,6 @@ def parse_label(data: bytes, size: int, where: str) -> int:
     """
     text = data.strip()
     if size > MAX_LABEL_BYTES or re.fullmatch(rb"[0-9]+", text) is None or int(text) > MAX_LABEL:
-        raise CorruptSampleError(f"{where}: label {data[:32]!r} is no class id; a cls file holds one integer >= 0")
+        message = f"{where}: label {data[:32]!r} is no class id; a cls file holds one integer >= 0"
+        raise CorruptSampleError(message, "label")
     return int(text)

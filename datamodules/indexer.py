@@ -15,6 +15,9 @@ from datamodules.index import FIELD, INDEX_NAME, NO_VALUE, ShardIndex, ShardRows
 from datamodules.manifest import SPLITS, DatasetInfo, SplitInfo, read_dataset, write_atomically
 from datamodules.types import DataError
 
+ANNOTATIONS = {"classification": "cls", "detection": "json", "segmentation": "seg.png"}
+"""The field that a sample of each task has beside its image."""
+
 Advance = Callable[[int], None]
 """Called with the bytes of each shard when it is done; a progress bar's update."""
 
@@ -31,7 +34,7 @@ def index_shard(path: Path, task: str = "classification") -> ShardRows:
 
     Args:
         path: the tar.
-        task: what its samples must hold; "classification" asks for one image and one `cls` each.
+        task: what its samples are for, which says what they must hold beside one image, see ANNOTATIONS.
 
     Returns:
         The shard's part of an index.
@@ -91,13 +94,11 @@ def _check_fields(path: Path, key: str, fields: Sequence[_Field], task: str) -> 
     for one in fields:
         if extensions.count(one.extension) > 1:
             raise DataError(f"{_where(path, one)}: two files with extension {one.extension!r}; keys must be unique")
-    if task != "classification":
-        return
     images = [extension for extension in extensions if extension in IMAGE_EXTENSIONS]
-    if len(images) != 1 or "cls" not in extensions:
+    if len(images) != 1 or ANNOTATIONS[task] not in extensions:
         raise DataError(
             f"{path} at byte {fields[0].member.header}: sample {key!r} has {', '.join(extensions)}; "
-            f"classification needs one image ({', '.join(IMAGE_EXTENSIONS)}) and one cls"
+            f"{task} needs one image ({', '.join(IMAGE_EXTENSIONS)}) and one {ANNOTATIONS[task]}"
         )
 
 
@@ -142,7 +143,10 @@ def check_labels(index: ShardIndex, num_classes: int) -> None:
 
 
 def index_dataset(
-    folder: Path, class_names: Sequence[str] | None = None, advance: Advance | None = None
+    folder: Path,
+    class_names: Sequence[str] | None = None,
+    advance: Advance | None = None,
+    task: str | None = None,
 ) -> DatasetInfo:
     """Index the tars in <folder>/train, val and test, wherever they were made, and write dataset.json.
 
@@ -150,42 +154,59 @@ def index_dataset(
         folder: the dataset's folder.
         class_names: names by class id; None keeps those of an existing dataset.json, else the ids become the names.
         advance: called with the bytes of each finished shard.
+        task: see ANNOTATIONS; None keeps that of an existing dataset.json, else "classification".
 
     Returns:
         The dataset as dataset.json now describes it.
 
     Raises:
-        DataError: no tars, a tar that is refused, a label outside the given classes.
+        DataError: no tars, a tar that is refused, a label outside the given classes, or no class names where labels
+            do not tell their number.
     """
     found = {split: sorted((folder / split).glob("*.tar")) for split in SPLITS}
     found = {split: paths for split, paths in found.items() if paths}
     if not found:
         raise DataError(f"{folder} has no tars in {', '.join(f'{split}/' for split in SPLITS)}; move the shards there")
-    indexes = {split: _index_split(folder / split, paths, advance) for split, paths in found.items()}
-    info = _describe(folder, class_names, indexes)
+    old = _readable_dataset(folder)
+    task = task or (old.task if old else "classification")
+    if old is None and class_names is None and task != "classification":
+        raise DataError(f"{folder}: {task} labels do not say how many classes there are; name them with --classes")
+    indexes = {split: _index_split(folder / split, paths, task, advance) for split, paths in found.items()}
+    info = _describe(folder, task, old, class_names, indexes)
     for index in indexes.values():
         check_labels(index, len(info.class_names))
     info.write(folder)
     return info
 
 
-def _index_split(folder: Path, paths: Sequence[Path], advance: Advance | None) -> ShardIndex:
+def _readable_dataset(folder: Path) -> DatasetInfo | None:
+    try:
+        return read_dataset(folder)
+    except DataError:
+        return None
+
+
+def _index_split(folder: Path, paths: Sequence[Path], task: str, advance: Advance | None) -> ShardIndex:
     parts = []
     for path in paths:
-        parts.append(index_shard(path))
+        parts.append(index_shard(path, task))
         if advance is not None:
             advance(path.stat().st_size)
     return write_index(folder, parts)
 
 
-def _describe(folder: Path, class_names: Sequence[str] | None, indexes: dict[str, ShardIndex]) -> DatasetInfo:
+def _describe(
+    folder: Path,
+    task: str,
+    old: DatasetInfo | None,
+    class_names: Sequence[str] | None,
+    indexes: dict[str, ShardIndex],
+) -> DatasetInfo:
     """dataset.json for these indexes, keeping what an earlier one says about names and origin."""
     splits = {split: split_info(index) for split, index in indexes.items()}
-    try:
-        old = read_dataset(folder)
-    except DataError:
+    if old is None:
         highest = max(int(index.labels().max(initial=-1)) for index in indexes.values())
-        old = DatasetInfo(folder.resolve().name, "classification", [str(i) for i in range(highest + 1)], {})
+        old = DatasetInfo(folder.resolve().name, task, [str(i) for i in range(highest + 1)], {})
     names = list(class_names) if class_names is not None else old.class_names
-    info = DatasetInfo(old.name, old.task, names, splits, old.source, old.licence)
-    return replace(info, plan=old.plan) if info.digest == old.digest else info
+    info = replace(old, task=task, class_names=names, splits=splits)
+    return info if info.digest == old.digest else replace(info, plan="")

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing as mp
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from datamodules.collate import collate_or_fault
-from datamodules.dataset import ClassificationDataset
+from datamodules.dataset import ClassificationDataset, JoinedDataset
 from datamodules.sampler import EvalBatchSampler, TrainBatchSampler
-from datamodules.types import ClassificationBatch, DataError
+from datamodules.types import PADDING_ID, ClassificationBatch, DataError, Fault, LoadedBatch
+from datamodules.worker import Board, StartMethod, dump_stacks, start_worker, worker_context
 
-StartMethod = Literal["forkserver", "spawn", "fork"]
+OnFaults = Callable[[Sequence[Fault]], None]
+
+_POLL_S = 5.0
+_log = logging.getLogger("mirrorla")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class WorkerConfig:
         timeout_s: seconds to wait for a batch before the run stops with an error; 0 waits for ever.
         start: how workers start. "fork" starts at once but copies a process that may hold locks and a GPU context.
         pin_memory: page-locked batches for faster copies to a GPU.
+        memory_gib: memory a worker may take beyond what it starts with; None for no limit.
+        rank: of this process, for messages.
     """
 
     num_workers: int = 0
@@ -40,6 +42,8 @@ class WorkerConfig:
     timeout_s: float = 600.0
     start: StartMethod = "forkserver"
     pin_memory: bool = False
+    memory_gib: float | None = None
+    rank: int = 0
 
 
 class _Loader:
@@ -49,18 +53,27 @@ class _Loader:
     """
 
     def __init__(
-        self, dataset: ClassificationDataset, sampler: TrainBatchSampler | EvalBatchSampler, config: WorkerConfig
+        self,
+        dataset: ClassificationDataset | JoinedDataset,
+        sampler: TrainBatchSampler | EvalBatchSampler,
+        config: WorkerConfig,
+        on_faults: OnFaults,
     ) -> None:
         workers = config.num_workers
+        context = worker_context(config.start)
+        self._dataset = dataset
+        self._config = config
+        self._on_faults = on_faults
+        self._board = Board(context, workers)
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # a request stands for a list of indices
             collate_fn=collate_or_fault,
             num_workers=workers,
             pin_memory=config.pin_memory,
-            timeout=config.timeout_s if workers else 0,
-            worker_init_fn=_start_worker if workers else None,
-            multiprocessing_context=worker_context(config.start) if workers else None,
+            timeout=_poll_s(config) if workers else 0,
+            worker_init_fn=partial(start_worker, board=self._board, memory_gib=config.memory_gib) if workers else None,
+            multiprocessing_context=context if workers else None,
             prefetch_factor=config.prefetch if workers else None,
             persistent_workers=workers > 0,
         )
@@ -75,10 +88,79 @@ class _Loader:
         self._loader._iterator = value
 
     def close(self) -> None:
-        """Stop the workers; the next iteration starts new ones."""
+        """Stop the workers, and say which of them had died; the next iteration starts new ones."""
         if (iterator := self._iterator) is not None and self._loader.num_workers:
+            for line in self._deaths():
+                _log.error("%s", line)
             iterator._shutdown_workers()
         self._iterator = None
+
+    def _take(self, stream: Iterator[LoadedBatch | DataError]) -> ClassificationBatch:
+        """The next batch, once its faults are reported.
+
+        Raises:
+            DataError: a bad sample or shard; or a worker that hangs or has died, with the sample it was at.
+            StopIteration: at the end.
+        """
+        loaded = self._wait(stream)
+        if isinstance(loaded, DataError):
+            raise loaded
+        if loaded.faults:
+            self._on_faults(loaded.faults)
+        return loaded.batch
+
+    def _wait(self, stream: Iterator[LoadedBatch | DataError]) -> LoadedBatch | DataError:
+        """The next item; torch is asked to wait for a few seconds at a time, as it looks after workers only then."""
+        began_s = time.monotonic()
+        while True:
+            try:
+                return next(stream)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader "):
+                    raise
+                if deaths := self._deaths():
+                    raise DataError("; ".join(deaths)) from None
+                if "timed out" not in str(error):
+                    raise
+                if 0 < self._config.timeout_s <= time.monotonic() - began_s:
+                    raise DataError(self._hang()) from None
+
+    def _hang(self) -> str:
+        """What the worker that has been at one sample for longest is doing; its stacks go to stderr."""
+        limit = f"data.timeout_s {self._config.timeout_s:g}"
+        tasks = self._board.tasks()
+        if not tasks:
+            return f"rank {self._config.rank}: no batch came within {limit} and no data worker is busy"
+        worker, sample, seconds = tasks[0]
+        dump_stacks(self._iterator._workers[worker].pid)
+        return (
+            f"rank {self._config.rank}: data worker {worker} hangs since {seconds:.0f} s at {self._where(sample)} "
+            f"({limit}); its stacks are above; repair the shard or its file system, or raise the limit"
+        )
+
+    def _deaths(self) -> list[str]:
+        """A line for every worker that was killed, with the sample it was at."""
+        tasks = {task.worker: task for task in self._board.tasks()}
+        lines = []
+        for worker, process in enumerate(self._iterator._workers):
+            if process.exitcode in (None, 0):
+                continue
+            how = f"killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with {process.exitcode}"
+            place = f" while loading {self._where(tasks[worker].sample)}" if worker in tasks else ""
+            mend = "; if memory ran out, use fewer data.num_workers or set data.worker_memory_gib"
+            lines.append(f"rank {self._config.rank}: data worker {worker} was {how}{place}{mend}")
+        return lines
+
+    def _where(self, sample: int) -> str:
+        return "padding" if sample == PADDING_ID else self._dataset.where(sample)
+
+
+def _poll_s(config: WorkerConfig) -> float:
+    return min(_POLL_S, config.timeout_s) if config.timeout_s else _POLL_S
+
+
+def ignore_faults(faults: Sequence[Fault]) -> None:
+    """Do nothing with skipped samples."""
 
 
 class TrainLoader(_Loader):
@@ -93,20 +175,22 @@ class TrainLoader(_Loader):
         sampler: this rank's requests.
         config: how to load.
         position: global batches committed so far; None goes on where the last iteration ended.
+        on_faults: told of skipped samples as their batch is handed out.
     """
 
     def __init__(
         self,
-        dataset: ClassificationDataset,
+        dataset: ClassificationDataset | JoinedDataset,
         sampler: TrainBatchSampler,
         config: WorkerConfig,
         position: Callable[[], int | None] = lambda: None,
+        on_faults: OnFaults = ignore_faults,
     ) -> None:
-        super().__init__(dataset, sampler, config)
+        super().__init__(dataset, sampler, config, on_faults)
         self.batch_sampler = sampler
         self._position = position
         self._next = sampler.start
-        self._stream: Iterator[ClassificationBatch | DataError] | None = None
+        self._stream: Iterator[LoadedBatch | DataError] | None = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -114,11 +198,11 @@ class TrainLoader(_Loader):
     def __iter__(self) -> Iterator[ClassificationBatch]:
         stream = self._seek()  # with the first batch asked for, not with the call: Lightning makes iterators in vain
         for _ in range(len(self)):
-            batch = _checked(next(stream))
+            batch = self._take(stream)
             self._next += 1
             yield batch
 
-    def _seek(self) -> Iterator[ClassificationBatch | DataError]:
+    def _seek(self) -> Iterator[LoadedBatch | DataError]:
         """The stream of batches, standing at the position."""
         position = self._position()
         if self._stream is None or (position is not None and position != self._next):
@@ -151,53 +235,23 @@ class EvalLoader(_Loader):
         dataset: the split.
         sampler: this rank's requests.
         config: how to load.
+        on_faults: told of skipped samples as their batch is handed out.
     """
 
-    def __init__(self, dataset: ClassificationDataset, sampler: EvalBatchSampler, config: WorkerConfig) -> None:
-        super().__init__(dataset, sampler, config)
+    def __init__(
+        self,
+        dataset: ClassificationDataset | JoinedDataset,
+        sampler: EvalBatchSampler,
+        config: WorkerConfig,
+        on_faults: OnFaults = ignore_faults,
+    ) -> None:
+        super().__init__(dataset, sampler, config, on_faults)
         self.batch_sampler = sampler
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[ClassificationBatch]:
-        for batch in self._loader:
-            yield _checked(batch)
-
-
-def _checked(batch: ClassificationBatch | DataError) -> ClassificationBatch:
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
-
-
-def available_cores() -> int:
-    """Cores this process may use, which a container or a SLURM job can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def worker_context(start: StartMethod) -> BaseContext:
-    """The multiprocessing context for workers; a fork server imports torch once for all of them."""
-    context = mp.get_context(start)
-    if start == "forkserver":
-        context.set_forkserver_preload(["__main__", "datamodules.loader"])
-    return context
-
-
-def _start_worker(worker: int) -> None:
-    """Make a worker die with its trainer: a process killed with -9 cannot stop its workers itself.
-
-    The kernel's parent-death signal answers at once, but the parent of a forkserver's worker is the fork server, which
-    lives as long as its workers do; so the pipe to the trainer is watched too.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    trainer = mp.parent_process()
-    if trainer is not None:
-        threading.Thread(target=_exit_after, args=(trainer,), daemon=True).start()
-
-
-def _exit_after(process: Any) -> None:
-    process.join()
-    os._exit(1)
+        stream = iter(self._loader)
+        for _ in range(len(self)):
+            yield self._take(stream)

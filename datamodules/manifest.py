@@ -8,14 +8,19 @@ import os
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datamodules.index import INDEX_NAME, ShardIndex
 from datamodules.types import DataError
 
+if TYPE_CHECKING:
+    from datamodules.cache import ShardCache
+
 MANIFEST_NAME = "dataset.json"
 MANIFEST_VERSION = 1
+MAX_MANIFEST_BYTES = 2 << 20
 SPLITS = ("train", "val", "test")
+TASKS = ("classification", "detection", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,13 @@ class DatasetInfo:
 
     Attributes:
         name: short name.
-        task: "classification" (others follow the same layout).
+        task: "classification", "detection" or "segmentation".
         class_names: position is class id.
         splits: by name; the folder of a split has the split's name.
         source: where the samples come from, for readers.
         licence: a note on their licence, for readers.
         plan: fingerprint of what was packed (keys, labels, lengths), empty for tars made elsewhere.
+        category_ids: the source's own number of every class, where it has one (COCO's 1 to 90); else empty.
     """
 
     name: str
@@ -49,6 +55,7 @@ class DatasetInfo:
     source: str = ""
     licence: str = ""
     plan: str = ""
+    category_ids: list[int] = field(default_factory=list)
     schema: int = field(default=MANIFEST_VERSION)
 
     @property
@@ -105,9 +112,11 @@ def read_dataset(folder: Path) -> DatasetInfo:
             raise DataError(f"{folder} has shards ({tars[0]}, …) but no index; run `mirrorla shards index {folder}`")
         raise DataError(f"{folder} has neither {MANIFEST_NAME} nor <split>/*.tar; data.path must be a packed dataset")
     try:
+        if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"{size} bytes; the limit is {MAX_MANIFEST_BYTES}")
         document = json.loads(path.read_bytes())
         info = _parse(document)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); run `mirrorla shards index {folder}`") from None
     if info.digest != document.get("digest"):
         raise DataError(f"{path} was changed by hand: its digest does not fit; run `mirrorla shards index {folder}`")
@@ -126,23 +135,33 @@ def _parse(document: dict[str, Any]) -> DatasetInfo:
     name, task, source, licence, plan = (
         str(document.get(key, "")) for key in ("name", "task", "source", "licence", "plan")
     )
-    return DatasetInfo(name, task, class_names, splits, source, licence, plan)
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; tasks are {', '.join(TASKS)}")
+    category_ids = [int(number) for number in document.get("category_ids", [])]
+    return DatasetInfo(name, task, class_names, splits, source, licence, plan, category_ids)
 
 
-def open_split(folder: Path, info: DatasetInfo, split: str) -> ShardIndex:
+def open_split(folder: Path, info: DatasetInfo, split: str, cache: ShardCache | None = None) -> ShardIndex:
     """Open a split's index and check it against dataset.json and against the shards' names and sizes.
+
+    Args:
+        folder: the dataset's folder.
+        info: its dataset.json.
+        split: which one.
+        cache: of a remote dataset, whose shards are fetched when they are needed.
 
     Raises:
         DataError: the split is not in the dataset, or index and shards do not fit each other.
     """
     if split not in info.splits:
         raise DataError(f"{folder} has no split {split!r}; it has {', '.join(info.splits) or 'none'}")
-    index = ShardIndex(folder / split)
+    index = ShardIndex(folder / split) if cache is None else cache.open_index(split, info.splits[split].digest)
     if index.digest != info.splits[split].digest:
         raise DataError(
             f"{folder / split / INDEX_NAME} does not belong to {folder / MANIFEST_NAME}; "
             f"run `mirrorla shards index {folder}`"
         )
+    index.check_digest()
     index.check_shards()
     return index
 

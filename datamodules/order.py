@@ -40,6 +40,8 @@ class Role(IntEnum):
     AUGMENTATION = 4
     SPLIT = 5
     PACKING = 6
+    MIXTURE = 7
+    SCENE = 8
 
 
 def mix64(value: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,9 @@ from datamodules.index import FieldLocation, SampleLocation, ShardIndex
 from datamodules.types import CorruptSampleError, DataError
 
 MAX_OPEN_SHARDS = 64
+PASSING_FAULTS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN})
+"""What a network file system reports while a server restarts or a file moves; a local disk's EIO fails in the end."""
+RETRY_PAUSES_S = (0.1, 1.0, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +41,10 @@ class ShardReader:
     """
 
     def __init__(self, index: ShardIndex) -> None:
-        self.index = index
         self._open: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor
+        self.index = index
+        self._sizes: list[int] = index.shards["size"].tolist()
+        self._paths = [str(index.folder / name) for name in index.shard_names]  # joining paths takes longer than a read
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.index,)
@@ -59,7 +66,7 @@ class ShardReader:
 
         Raises:
             CorruptSampleError: the bytes differ from the indexed ones twice, or the shard ends before them.
-            DataError: the shard cannot be opened.
+            DataError: the shard cannot be opened or read, also after RETRY_PAUSES_S where the fault may pass.
         """
         location = self.index.locate(sample)
         fields = {
@@ -70,37 +77,77 @@ class ShardReader:
         return RawSample(location.key, self._where(location), fields)
 
     def _where(self, location: SampleLocation) -> str:
-        return f"{self.index.folder / self.index.shard_names[location.shard]}, sample {location.key!r}"
+        return f"{self._paths[location.shard]}, sample {location.key!r}"
 
     def _field(self, location: SampleLocation, extension: str, field: FieldLocation) -> bytes:
-        descriptor = self._descriptor(location.shard)
+        if field.offset + field.size > self._sizes[location.shard]:
+            raise self._fault(location, extension, "ends after its shard")
         for _ in range(2):  # a network file system can deliver a bad page once
-            data = _pread(descriptor, field.size, field.offset)
+            data = self._bytes(location.shard, field)
             if len(data) == field.size and zlib.crc32(data) == field.crc32:
                 return data
-        fault = f"only {len(data)} of {field.size} bytes" if len(data) < field.size else "a checksum that does not fit"
-        raise CorruptSampleError(
-            f"{self._where(location)}.{extension} at byte {field.offset}: {fault}; the shard was damaged or replaced, "
-            "restore it, or index it again with `mirrorla shards index`"
+            self._forget(location.shard)
+            if self.index.cache is not None:
+                self.index.cache.discard(self.index, location.shard)
+        short = len(data) < field.size
+        fault = f"only {len(data)} of {field.size} bytes" if short else "a checksum that does not fit"
+        raise self._fault(location, extension, fault)
+
+    def _fault(self, location: SampleLocation, extension: str, fault: str) -> CorruptSampleError:
+        return CorruptSampleError(
+            f"{self._where(location)}.{extension} at byte {location.fields[extension].offset}: {fault}; the shard was "
+            "damaged or replaced, restore it, or index it again with `mirrorla shards index`"
         )
 
-    def _descriptor(self, shard: int) -> int:
+    def _bytes(self, shard: int, field: FieldLocation) -> bytes:
+        """The bytes at a field's place; faults that pass are waited for, with the file opened anew."""
+        for pause_s in (*RETRY_PAUSES_S, None):
+            try:
+                return read_at(os.pread, self.descriptor(shard), field.size, field.offset)
+            except OSError as error:
+                self._forget(shard)
+                if error.errno not in PASSING_FAULTS or pause_s is None:
+                    tries = f" {len(RETRY_PAUSES_S) + 1} times" if error.errno in PASSING_FAULTS else ""
+                    path = self._paths[shard]
+                    raise DataError(f"shard {path} cannot be read ({error.strerror}){tries}; restore it") from None
+                time.sleep(pause_s)
+        raise AssertionError("unreachable")
+
+    def _drop_evicted(self) -> None:
+        """Close the files that a cache has removed meanwhile: their disk space is free only then."""
+        if self.index.cache is not None:
+            for shard, descriptor in list(self._open.items()):
+                if os.fstat(descriptor).st_nlink == 0:
+                    self._forget(shard)
+
+    def _forget(self, shard: int) -> None:
+        if (descriptor := self._open.pop(shard, None)) is not None:
+            os.close(descriptor)
+
+    def descriptor(self, shard: int) -> int:
+        """An open file of a shard; the reader closes it."""
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
-            path = self.index.folder / self.index.shard_names[shard]
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise DataError(f"shard {path} cannot be opened ({error.strerror}); restore it") from None
+            descriptor = self.index.open_shard(shard)
+            self._drop_evicted()  # opening may have made room in the cache
             if len(self._open) >= MAX_OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
+        elif self.index.cache is not None:
+            os.utime(descriptor)  # a microsecond; the cache removes what was not used for longest
         self._open[shard] = descriptor  # last = most recently used
         return descriptor
 
 
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """Read `size` bytes at `offset`, fewer only at the end of the file."""
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+def read_at(pread: Callable[[int, int, int], bytes], descriptor: int, size: int, offset: int) -> bytes:
+    """Read `size` bytes at `offset` with as many calls as it takes; fewer only at the end of the file.
+
+    Args:
+        pread: os.pread, or another with its signature: descriptor, bytes wanted, offset.
+        descriptor: of the open file.
+        size: bytes wanted.
+        offset: of the first one.
+    """
+    data = pread(descriptor, size, offset)
+    while len(data) < size and (more := pread(descriptor, size - len(data), offset + len(data))):
         data += more
     return data

@@ -55,6 +55,62 @@ def _mend(name: str) -> str:
     )
 
 
+class Progress:
+    """Where the training stream of a data module stands, in global batches since step 0.
+
+    Attributes:
+        restored: a checkpoint's {"committed", "guard"}, until the trainer has taken over its count.
+    """
+
+    def __init__(self) -> None:
+        self.restored: dict[str, Any] | None = None
+
+    def hand_over(
+        self, trainer: Any, guard: Mapping[str, int | str], allowed: Collection[GuardField], num_batches: int
+    ) -> list[str]:
+        """Check a restored position; from here on the trainer counts, and must start from it.
+
+        Args:
+            trainer: Lightning's; None leaves the count with the checkpoint.
+            guard: what this run's order depends on.
+            allowed: see changed_fields.
+            num_batches: of an epoch.
+
+        Returns:
+            The guard's fields that differ, as allowed.
+
+        Raises:
+            DataError: a checkpoint of another order, or one that was altered.
+        """
+        if self.restored is None:
+            return []
+        changed = changed_fields(self.restored["guard"], guard, allowed)
+        if trainer is None:
+            return changed
+        if (committed := int(self.restored["committed"])) != self.committed(trainer):
+            raise DataError(
+                f"the checkpoint's data position is batch {committed}, its training loop's {self.committed(trainer)}; "
+                "it was altered, resume from another one"
+            )
+        align_counters(trainer.fit_loop, epoch_batches(num_batches, trainer.limit_train_batches))
+        self.restored = None
+        return changed
+
+    def committed(self, trainer: Any) -> int:
+        """Global batches the trainer has finished since step 0; while it has not trained, what was last loaded."""
+        trained = 0 if trainer is None else trained_batches(trainer.fit_loop)
+        if trained or (trainer is not None and trainer.state.fn == "fit"):
+            return trained
+        return int(self.restored["committed"]) if self.restored else 0
+
+    def position(self, trainer: Any) -> int | None:
+        """Where the training stream must be now; None without a trainer: go on."""
+        if trainer is None:
+            return None
+        overfit = getattr(trainer, "overfit_batches", 0) > 0  # asks for the same batches in every epoch
+        return 0 if overfit else self.committed(trainer)
+
+
 def trained_batches(fit_loop: Any) -> int:
     """Batches that Lightning's fit loop has finished since step 0, over all epochs and attempts."""
     return int(fit_loop.epoch_loop.batch_progress.total.processed)

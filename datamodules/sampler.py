@@ -8,7 +8,8 @@ from itertools import count
 import numpy as np
 from torch.utils.data import Sampler
 
-from datamodules.order import OrderSpec, PassOrder, check_world, evaluation_ids, evaluation_steps, rank_slots
+from datamodules.mixing import MixtureSpec, OrderStream
+from datamodules.order import OrderSpec, check_world, evaluation_ids, evaluation_steps, rank_slots
 from datamodules.types import PADDING_ID, BatchRequest
 
 
@@ -16,7 +17,7 @@ class TrainBatchSampler(Sampler[BatchRequest]):
     """One rank's requests, from global batch `start` on, without end: epochs are only numbers on the stream.
 
     Args:
-        spec: the order.
+        spec: the order, of one dataset or of a mixture.
         rank: this process's number.
         world: number of processes, at most spec.batch_size.
         start: global batches already committed since step 0.
@@ -25,7 +26,7 @@ class TrainBatchSampler(Sampler[BatchRequest]):
         batch_size: samples this rank takes of a global batch.
     """
 
-    def __init__(self, spec: OrderSpec, rank: int = 0, world: int = 1, start: int = 0) -> None:
+    def __init__(self, spec: OrderSpec | MixtureSpec, rank: int = 0, world: int = 1, start: int = 0) -> None:
         check_world(spec.batch_size, world)
         self.spec = spec
         self.start = start
@@ -38,13 +39,10 @@ class TrainBatchSampler(Sampler[BatchRequest]):
         return self.spec.batches_per_epoch
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        order: PassOrder | None = None
+        stream = OrderStream(self.spec)
         for position in count(self.start):
-            epoch, batch = divmod(position, self.spec.batches_per_pass)
-            if order is None or order.epoch != epoch:
-                order = PassOrder(self.spec, epoch)
-            ids, repeats = order.batch(batch, *self.slots)
-            yield BatchRequest(ids, repeats, self.weights, epoch)
+            ids, repeats, passes = stream.batch(position, *self.slots)
+            yield BatchRequest(ids, repeats, self.weights, passes)
 
 
 class EvalBatchSampler(Sampler[BatchRequest]):
@@ -72,4 +70,4 @@ class EvalBatchSampler(Sampler[BatchRequest]):
     def __iter__(self) -> Iterator[BatchRequest]:
         for step in range(self.steps):
             ids = evaluation_ids(self.num_samples, step, self.batch_size, self.rank, self.world)
-            yield BatchRequest(ids, np.zeros_like(ids), (ids != PADDING_ID).astype(np.float32), 0)
+            yield BatchRequest(ids, np.zeros_like(ids), (ids != PADDING_ID).astype(np.float32), np.zeros_like(ids))

@@ -1,99 +1,102 @@
-"""Where samples come from before they are packed: the embedded handwritten digits, and folders of images."""
+"""Every source that can be packed, by name, and the embedded one: scikit-learn's handwritten digits."""
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from datamodules.decode import IMAGE_EXTENSIONS
-from datamodules.manifest import SPLITS
 from datamodules.order import Role, hash_key
+from datamodules.scenes import scene_samples
+from datamodules.sources_ade20k import ade20k
+from datamodules.sources_base import Source, SourceSample, Task
+from datamodules.sources_coco import coco
+from datamodules.sources_folders import imagefolder, imagenet
+from datamodules.sources_idx import idx
 from datamodules.types import DataError
 
-SourceName = Literal["digits", "imagefolder"]
+SourceName = Literal["digits", "imagefolder", "imagenet", "coco", "ade20k", "idx"]
 
 DIGITS_CLASSES = [str(digit) for digit in range(10)]
+SCENES = 2000
+"""Training scenes of digits, unless told otherwise; a fifth as many validate."""
+
 _DIGITS_VAL_SHARE = 0.2
-_MAX_KEY = 90  # with ".jpeg" it fits a ustar name, so no tar needs a header extension
-
-
-class SourceSample(NamedTuple):
-    """A sample to be packed: its key, class id, image extension, and its image's bytes or the file that holds them."""
-
-    key: str
-    label: int
-    extension: str
-    content: bytes | Path
-
-    def read(self) -> bytes:
-        """The image file's bytes, unchanged."""
-        if isinstance(self.content, bytes):
-            return self.content
-        try:
-            return self.content.read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.content} cannot be read ({error.strerror}); mend or remove it") from None
-
-    def size(self) -> int:
-        """The image file's length in bytes."""
-        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+_DIGITS_ORIGIN = "scikit-learn load_digits: UCI Optical Recognition of Handwritten Digits, test set (Alpaydin, Kaynak)"
+_DIGITS_LICENCE = "CC BY 4.0 (UCI Machine Learning Repository)"
 
 
 @dataclass(frozen=True)
-class Source:
-    """Everything to be packed.
+class SourceOptions:
+    """What a source may be told.
 
     Attributes:
-        name: short name of the dataset.
-        task: "classification".
-        class_names: position is class id.
-        splits: samples by split, in an order that does not matter: packing shuffles them.
-        origin: where the samples come from, for dataset.json.
-        licence: a note on their licence, for dataset.json.
+        data: input folder; every source but digits needs one.
+        task: None for the source's own; digits can be packed for all three.
+        scenes: training scenes of digits for detection and segmentation.
+        seed: of the scenes.
+        val_labels: labels of ImageNet's validation images where they lie in one folder.
     """
 
-    name: str
-    task: str
-    class_names: list[str]
-    splits: dict[str, Sequence[SourceSample]]
-    origin: str
-    licence: str
+    data: str | None = None
+    task: Task | None = None
+    scenes: int = SCENES
+    seed: int = 0
+    val_labels: str | None = None
 
 
-def digits() -> Source:
+@dataclass(frozen=True)
+class _Digits:
+    """Images (n, 8, 8) stretched to 8 bits, their labels and their numbers in the published order."""
+
+    images: NDArray[np.uint8]
+    labels: list[int]
+    numbers: list[int]
+
+
+def digits(options: SourceOptions | None = None) -> Source:
     """scikit-learn's bundled digits: 1797 images of 8x8 pixels, 17 grey levels, stretched to 8 bits and stored as PNG.
 
-    The split is fixed: in every class the fifth of the images whose hashed number is smallest validates.
+    For detection and segmentation scenes are composed of them, train scenes only of train digits. The split is fixed:
+    in every class the fifth of the images whose hashed number is smallest validates.
     """
+    options = options or SourceOptions()
+    task = options.task or "classification"
+    splits = _digits_splits()
+    if task == "classification":
+        samples = {split: _digit_samples(part) for split, part in splits.items()}
+        return Source("digits", task, DIGITS_CLASSES, samples, _DIGITS_ORIGIN, _DIGITS_LICENCE)
+    if options.scenes < 5:
+        raise DataError(f"--scenes is {options.scenes}; it must be at least 5, for one scene in five validates")
+    counts = {"train": options.scenes, "val": options.scenes // 5}
+    scenes = {
+        split: scene_samples(part.images, part.labels, task, options.seed, number, counts[split])
+        for number, (split, part) in enumerate(splits.items())
+    }
+    names = DIGITS_CLASSES if task == "detection" else ["background", *DIGITS_CLASSES]
+    origin = f"scenes composed of {_DIGITS_ORIGIN}"
+    return Source(f"digits-{task}", task, names, scenes, origin, _DIGITS_LICENCE)
+
+
+def _digits_splits() -> dict[str, _Digits]:
     from sklearn.datasets import load_digits  # two seconds, and only packing needs it
 
     bunch = load_digits()
     labels = bunch.target.astype(int).tolist()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    validation = {
+    val = {
         index
         for label in range(10)
         for index in _smallest_hashes([i for i, other in enumerate(labels) if other == label], _DIGITS_VAL_SHARE)
     }
-    splits: dict[str, list[SourceSample]] = {"train": [], "val": []}
-    for index, label in enumerate(labels):
-        sample = SourceSample(f"digit-{index:04d}", label, "png", _png(pixels[index]))
-        splits["val" if index in validation else "train"].append(sample)
-    return Source(
-        name="digits",
-        task="classification",
-        class_names=DIGITS_CLASSES,
-        splits=dict(splits),
-        origin="scikit-learn load_digits: UCI Optical Recognition of Handwritten Digits, test set (Alpaydin, Kaynak)",
-        licence="CC BY 4.0 (UCI Machine Learning Repository)",
-    )
+    parts = {"train": [i for i in range(len(labels)) if i not in val], "val": sorted(val)}
+    return {split: _Digits(pixels[part], [labels[i] for i in part], part) for split, part in parts.items()}
 
 
 def _smallest_hashes(indices: Sequence[int], share: float) -> list[int]:
@@ -101,98 +104,60 @@ def _smallest_hashes(indices: Sequence[int], share: float) -> list[int]:
     return sorted(indices, key=lambda index: hash_key(0, Role.SPLIT, index))[:count]
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def _digit_samples(part: _Digits) -> list[SourceSample]:
+    samples = []
+    for pixels, label, number in zip(part.images, part.labels, part.numbers, strict=True):
+        files = {"png": _png(pixels), "cls": str(label).encode()}
+        samples.append(SourceSample(f"digit-{number:04d}", len(files["png"]), f"{label}.png", files.copy))
+    return samples
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG")
     return stream.getvalue()
 
 
-def imagefolder(folder: Path) -> Source:
-    """Class folders below train/ and val/ (and test/), as torchvision's ImageFolder has them; bytes are kept.
-
-    Args:
-        folder: holds <split>/<class>/**/<image>. Class ids follow the sorted names of train's folders.
-
-    Raises:
-        DataError: no train folder, an empty class, a class that train lacks, or a file that is no JPEG, PNG or WEBP.
-    """
-    if not (folder / "train").is_dir():
-        raise DataError(
-            f"--data {folder} has no train folder; imagefolder needs train/<class>/*.jpg and val/<class>/*.jpg"
-        )
-    class_names = _class_folders(folder / "train")
-    numbers = {name: number for number, name in enumerate(class_names)}
-    splits: dict[str, Sequence[SourceSample]] = {}
-    for split in SPLITS:
-        if (folder / split).is_dir():
-            unknown = sorted(set(_class_folders(folder / split)) - set(class_names))
-            if unknown:
-                raise DataError(f"{folder / split / unknown[0]} is no class of train; add it there or remove it here")
-            splits[split] = _folder_samples(folder / split, numbers)
-    return Source(folder.resolve().name, "classification", class_names, splits, "image folder", "not stated")
-
-
-def _class_folders(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not names:
-        raise DataError(f"{folder} has no class folders; imagefolder needs {folder}/<class>/*.jpg")
-    return names
-
-
-def _folder_samples(folder: Path, numbers: dict[str, int]) -> list[SourceSample]:
-    samples: list[SourceSample] = []
-    taken: set[str] = set()
-    for name in _class_folders(folder):
-        files = sorted(path for path in (folder / name).rglob("*") if path.is_file() and not path.name.startswith("."))
-        if not files:
-            raise DataError(f"{folder / name} has no images; add some or remove the folder")
-        for path in files:
-            extension = path.suffix[1:].lower()
-            if extension not in IMAGE_EXTENSIONS:
-                raise DataError(f"{path} is no {', '.join(IMAGE_EXTENSIONS)} file; convert or remove it")
-            key = _key(path.relative_to(folder).with_suffix(""), taken)
-            samples.append(SourceSample(key, numbers[name], extension, path))
-    return samples
-
-
-def _key(path: Path, taken: set[str]) -> str:
-    """A unique key of plain ASCII letters without dots, since in a tar the first dot begins the extension."""
-    stem = re.sub(r"[^A-Za-z0-9_/-]", "_", path.as_posix())[-_MAX_KEY:].lstrip("/")
-    key, number = stem, 1
-    while key in taken:
-        number += 1
-        key = f"{stem[: _MAX_KEY - 8]}-{number}"
-    taken.add(key)
-    return key
-
-
-SOURCES: dict[str, Callable[[Path | None], Source]] = {
-    "digits": lambda data: digits(),
-    "imagefolder": lambda data: imagefolder(_required(data, "imagefolder")),
+SOURCES: dict[SourceName, tuple[tuple[Task, ...], Callable[[SourceOptions], Source]]] = {
+    "digits": (("classification", "detection", "segmentation"), digits),
+    "imagefolder": (("classification",), lambda options: imagefolder(_folder(options, "imagefolder"))),
+    "imagenet": (("classification",), lambda options: imagenet(_folder(options, "imagenet"), options.val_labels)),
+    "coco": (("detection",), lambda options: coco(_folder(options, "coco"))),
+    "ade20k": (("segmentation",), lambda options: ade20k(_folder(options, "ade20k"))),
+    "idx": (("classification",), lambda options: idx(_folder(options, "idx"))),
 }
+"""Per source: the tasks it can be packed for, its own first, and what opens it."""
 
 
-def _required(data: Path | None, source: str) -> Path:
-    if data is None:
+def _folder(options: SourceOptions, source: str) -> Path:
+    if options.data is None:
         raise DataError(f"--source {source} needs --data, the folder to pack")
-    if not data.is_dir():
-        raise DataError(f"--data {data} is no folder; --source {source} packs a folder")
-    return data
+    folder = Path(options.data)
+    if not folder.is_dir():
+        raise DataError(f"--data {options.data} is no folder; --source {source} packs a folder")
+    return folder
 
 
-def open_source(name: str, data: str | None = None) -> Source:
+def open_source(name: str, options: SourceOptions | None = None) -> Source:
     """List what a source holds; image files are opened only while packing.
 
     Args:
-        name: "digits" or "imagefolder".
-        data: input folder, for sources that need one.
+        name: one of SOURCES.
+        options: see there.
 
     Raises:
-        DataError: an unknown source, or see the source.
+        DataError: an unknown source, a task that it is not for, an option that it does not have, or see the source.
     """
-    if name not in SOURCES:
+    options = options or SourceOptions()
+    found = next((entry for known, entry in SOURCES.items() if known == name), None)
+    if found is None:
         raise DataError(f"--source {name!r} is unknown; known are {', '.join(SOURCES)}")
-    return SOURCES[name](None if data is None else Path(data))
+    tasks, opener = found
+    if options.task is not None and options.task not in tasks:
+        raise DataError(f"--task {options.task}: {name} is packed for {' or '.join(tasks)}")
+    if options.val_labels is not None and name != "imagenet":
+        raise DataError(f"--val-labels is for imagenet, not for {name}; leave it out")
+    return opener(options)
 
 
 def source_classes(name: str) -> list[str] | None:

@@ -90,8 +90,10 @@ class _Scanner:
         return data
 
     def header(self) -> _Header | None:
-        """The next header, None at the end marker."""
+        """The next header, None at the end marker; a file without any byte is an empty archive, as for GNU tar."""
         start = self.offset
+        if self.size == 0:
+            return None
         if start == self.size:
             self.refuse("no end-of-archive marker; the file is truncated, restore it", start)
         block = self.take(BLOCK, "a header")
@@ -185,6 +187,8 @@ def scan(path: Path) -> Iterator[Member]:
                 continue
             header.name, long_name = long_name or header.name, None
             if header.kind == b"5" or (header.kind in (b"\0", b"0") and header.name.endswith("/")):
+                if header.size:  # some readers would skip as many bytes, others none
+                    scanner.refuse(f"folder {header.name!r} has {header.size} bytes; repack it", header.offset)
                 continue
             if header.kind not in (b"0", b"\0"):
                 kind = _REFUSED_TYPES.get(header.kind, f"of unknown type {header.kind!r}")
@@ -203,7 +207,7 @@ def _check_pax(scanner: _Scanner, header: _Header) -> None:
     while body:
         match = re.match(rb"(\d{1,7}) ([^=]+)=", body)
         length = int(match[1]) if match else 0
-        if match is None or not match.end() < length <= len(body):
+        if match is None or not match.end() < length <= len(body) or body[length - 1] != ord("\n"):
             scanner.refuse("malformed PAX record", header.offset)
         key = match[2].decode("utf-8", "replace")
         if key not in _HARMLESS_PAX and not key.startswith(("LIBARCHIVE.creationtime", "SCHILY.xattr.")):

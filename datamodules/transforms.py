@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ Pipeline = Callable[[Image.Image], Tensor]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_LENT = np.random.MT19937(0)
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,28 @@ def _policy(transform: TrainTransform, name: str) -> Callable[[Image.Image], Ima
     }
     try:
         if name.startswith("rand"):
-            return rand_augment_transform(name, constants)
+            return _mended(rand_augment_transform(name, constants))
         if name.startswith("augmix"):
-            return augment_and_mix_transform(name, {**constants, "translate_pct": 0.3})
-        return auto_augment_transform(name, constants)
+            return _mended(augment_and_mix_transform(name, {**constants, "translate_pct": 0.3}))
+        return _mended(auto_augment_transform(name, constants))
     except (AssertionError, ValueError, KeyError):
         raise DataError(
             f"data.train_transform.auto_augment {name!r} is no timm policy; an example is rand-m9-mstd0.5-inc1"
         ) from None
+
+
+def _mended(policy: Any) -> Callable[[Image.Image], Image.Image]:
+    """Let timm's policies posterize to 0 bits, a black image, as when they were published; Pillow 13 refuses it."""
+    operations = policy.ops if hasattr(policy, "ops") else [one for pair in policy.policy for one in pair]
+    for operation in operations:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return policy
+
+
+def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
+    mask = 0xFF & ~(0xFF >> bits)
+    return image.point([value & mask for value in range(256)] * len(image.getbands()))
 
 
 def _normalise(image: Image.Image, mean: Tensor, std: Tensor) -> Tensor:
@@ -205,6 +220,8 @@ def denormalise(images: Tensor, mean: tuple[float, float, float], std: tuple[flo
 def seeded(seed: int, epoch: int, sample: int, repeat: int) -> Iterator[None]:
     """Seed random, NumPy and torch's CPU generator from one sample's key; afterwards they go on as if untouched.
 
+    Only NumPy's legacy normal numbers, which are made in pairs, go on with a new pair.
+
     Args:
         seed: of the run.
         epoch: pass over the data.
@@ -213,7 +230,11 @@ def seeded(seed: int, epoch: int, sample: int, repeat: int) -> Iterator[None]:
     """
     key = hash_key(seed, epoch, Role.AUGMENTATION, sample, repeat)
     generator = torch.default_generator  # torch.manual_seed would also queue a seed for every GPU, on every sample
-    states = random.getstate(), np.random.get_state(), generator.get_state()  # noqa: NPY002 - timm draws from it
+    states = random.getstate(), generator.get_state()
+    numpy = (
+        np.random.mtrand.get_bit_generator()
+    )  # to lend timm another one takes 2 us, to copy its state and back 50 us
+    np.random.mtrand.set_bit_generator(_LENT)
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002
     generator.manual_seed(key >> 1)
@@ -221,8 +242,8 @@ def seeded(seed: int, epoch: int, sample: int, repeat: int) -> Iterator[None]:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        generator.set_state(states[2])
+        np.random.mtrand.set_bit_generator(numpy)
+        generator.set_state(states[1])
 
 
 def _check_train(transform: TrainTransform) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,30 @@ class DataError(ValueError):
     """A user's data or data setting is wrong; the message is one line: what, where, the value and the mend."""
 
 
+FaultKind = Literal["damaged", "undecodable", "over_limit", "label"]
+FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
+
+
 class CorruptSampleError(DataError):
-    """The bytes of one sample are not those that were indexed, or do not decode."""
+    """One sample cannot be used.
+
+    Args:
+        message: one line.
+        kind: "damaged" (its bytes are not those that were indexed), "undecodable", "over_limit" (bytes, pixels or
+            frames) or "label" (no class of the dataset).
+    """
+
+    def __init__(self, message: str, kind: FaultKind = "damaged") -> None:
+        super().__init__(message)
+        self.kind: FaultKind = kind
+
+
+class Fault(NamedTuple):
+    """A sample that was skipped: its id within the split, why, and the error's line."""
+
+    sample: int
+    kind: FaultKind
+    message: str
 
 
 class ClassificationBatch(TypedDict):
@@ -32,7 +55,7 @@ class ClassificationBatch(TypedDict):
         label: class ids (b,), int64.
         weight: (b,) float32. Training: N * b / B on every sample, N the number of ranks, so that averaging
             `(weight * loss).mean()` over ranks gives the mean over the global batch. Evaluation: 1 for a real sample,
-            0 for padding.
+            0 for padding. A skipped bad sample has a zero image and weight 0 in both.
         id: sample ids within the split (b,), int64; -1 for padding.
     """
 
@@ -40,6 +63,13 @@ class ClassificationBatch(TypedDict):
     label: Tensor
     weight: Tensor
     id: Tensor
+
+
+class LoadedBatch(NamedTuple):
+    """What a worker sends: a batch, and the samples in it that were skipped."""
+
+    batch: ClassificationBatch
+    faults: tuple[Fault, ...]
 
 
 @dataclass(frozen=True)
@@ -50,23 +80,28 @@ class BatchRequest:
         ids: sample ids (b,), -1 for padding.
         repeats: which copy of the sample each slot is (b,), 0 without repeated augmentation.
         weights: (b,), see ClassificationBatch.
-        epoch: the pass over the data, which keys the augmentation.
+        epochs: the pass over its data that each slot belongs to (b,), which keys the augmentation.
     """
 
     ids: Ids
     repeats: Ids
     weights: Weights
-    epoch: int
+    epochs: Ids
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def slots(self) -> Iterator[tuple[int, int, int, float]]:
+        """Sample id, pass, copy and weight of every slot."""
+        return zip(self.ids.tolist(), self.epochs.tolist(), self.repeats.tolist(), self.weights.tolist(), strict=True)
+
 
 @dataclass(frozen=True, slots=True)
 class ClassificationSample:
-    """One decoded and transformed sample: image (3, H, W) float32, its class, weight and id."""
+    """One decoded and transformed sample: image (3, H, W) float32, its class, weight and id; its fault if skipped."""
 
     image: Tensor
     label: int
     weight: float
     id: int
+    fault: Fault | None = None

@@ -27,6 +27,8 @@ class Tag(StrEnum):
     STEP_P95_MS = "time/step_p95_ms"
     DATA_WAIT_SHARE = "time/data_wait_share"
     PEAK_GIB = "memory/peak_gib"
+    SKIPPED = "data/skipped_samples"  # + "/<kind>"
+    GIVEN = "data/samples_given"  # + "/<dataset of a mixture>"
     PREDICTIONS = "figures/predictions"
     CONFUSION = "figures/confusion"
     PER_CLASS = "figures/per_class_accuracy"

@@ -9,8 +9,11 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from datamodules.ledger import ledger_folder
 from lightning_modules.callbacks.checkpointing import CheckpointConfig, RunCheckpoints
+from lightning_modules.callbacks.data_monitor import DataMonitor
 from lightning_modules.callbacks.figures import ClassificationFigures, MonitoringConfig
+from lightning_modules.callbacks.ledger import KeepLedger
 from lightning_modules.callbacks.mirror_metrics import MirrorMetrics
 from lightning_modules.callbacks.predictions import WritePredictions
 from lightning_modules.callbacks.preemption import StopOnSignal
@@ -67,11 +70,14 @@ def build_callbacks(wiring: Wiring, model: LightningModule, enable_progress: boo
         return [StopOnSignal(None), Introduction(), *predictions, *progress]
     checkpoints = RunCheckpoints(wiring.run.checkpoints, wiring.checkpoint)
     figures = [ClassificationFigures(wiring.monitoring)] if isinstance(model, ClassificationModule) else []
+    folder = ledger_folder()
     return [
         StepSeed(wiring.seed),
+        *([KeepLedger(folder)] if folder else []),
         Introduction(),
         RunRecord(wiring.run, wiring.config_text),
         Throughput(),
+        DataMonitor(),
         *figures,
         MirrorMetrics(wiring.monitoring),
         *progress,

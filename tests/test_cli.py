@@ -10,25 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.pack import pack
-from lightning_modules import cli, stop_signals
-from lightning_modules.shards_cli import unname
+from lightning_modules import cli
 
 SCRIPT = str(Path(sys.executable).parent / "mirrorla")
 FIT = ["fit", "--config", "digits/classification"]
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "digits"
-    pack("digits", str(path))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def signals_restored():
-    yield
-    stop_signals.restore()
 
 
 def test_help_is_quick_and_needs_no_torch():
@@ -73,7 +58,7 @@ def test_version(capsys):
         ([*FIT, "extra"], "mirrorla fit: error: unrecognized arguments: extra"),
         (["test", *FIT[1:], "--run_dir", "nowhere"], "nowhere/checkpoints holds no checkpoint; train with"),
         (["shards"], "error: which one? mirrorla shards pack|index|verify|info"),
-        (["shards", "pack", "digts", "x"], "error: source: expected one of 'digits', 'imagefolder', got 'digts'"),
+        (["shards", "pack", "--source", "digts"], "error: source: expected one of 'digits', 'imagefolder', 'imagenet"),
         (["shards", "info", "nowhere"], "mirrorla shards: error: dataset folder nowhere does not exist"),
     ],
 )  # fmt: skip
@@ -154,21 +139,6 @@ def test_occupied_run_is_refused(digits, capsys, tmp_path):
     (tmp_path / "checkpoints" / "step_00000003.ckpt").touch()
     assert cli.main([*FIT, f"--data.path={digits}", f"--run_dir={tmp_path}"]) == 2
     assert "already holds step_00000003.ckpt; continue it with --ckpt_path last" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["digits", "out", "--seed", "3"],
-        ["--source", "digits", "--out", "out", "--seed", "3"],
-        ["--seed", "3", "--out=out", "--source=digits"],
-        ["digits", "--out", "out", "--seed", "3"],
-        ["out", "--source", "digits", "--seed", "3"],
-    ],
-    ids=["by-place", "by-name", "equals", "mixed", "mixed-first-named"],
-)
-def test_required_values_are_given_by_place_or_name(words):
-    assert unname(words, ["source", "out"]) == ["digits", "out", "--seed", "3"]
 
 
 def test_shards_are_packed_and_described(tmp_path, capsys):

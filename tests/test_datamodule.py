@@ -14,10 +14,6 @@ from datamodules.pack import pack
 from datamodules.transforms import EvalTransform, TrainTransform
 from datamodules.types import DataError
 
-pytestmark = pytest.mark.filterwarnings(  # Lightning 2.6 builds a class that torch 2.15 deprecates
-    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"
-)
-
 TRAIN = TrainTransform(8, crop=False, auto_augment=None, color_jitter=0.0, random_erasing=0.0)
 EVAL = EvalTransform(8, None)
 BATCHES = 7  # 57 training samples in batches of 8
@@ -124,6 +120,8 @@ def test_digits_are_packed_when_the_path_is_empty(tmp_path):
         ({"batch_size": 64}, "batch_size 64 needs 64 different samples, the training split has 57; .* at most 56"),
         ({"eval_batch_size": 0}, "data.eval_batch_size is 0; it must be at least 1"),
         ({"num_workers": -1}, "data.num_workers is -1; it must be at least 0"),
+        ({"worker_memory_gib": -1.0}, "data.worker_memory_gib is -1.0; it must be at least 0"),
+        ({"max_skipped": -1}, "data.max_skipped is -1; it must be at least 0"),
         ({"timeout_s": -1.0}, "data.timeout_s is -1.0; it must be at least 0"),
         ({"train_transform": TrainTransform(8, hflip=2.0)}, "train_transform.hflip is 2.0"),
         ({"eval_transform": EvalTransform(8, 4)}, "eval_transform.resize is 4; it must be at least 8"),

@@ -13,11 +13,6 @@ from PIL import Image
 from datamodules.module import ClassificationDataModule
 from datamodules.pack import pack
 from datamodules.transforms import EvalTransform, TrainTransform
-from datamodules.types import DataError
-
-pytestmark = pytest.mark.filterwarnings(  # Lightning 2.6 builds a class that torch 2.15 deprecates
-    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"
-)
 
 TRAIN = TrainTransform(8, crop=False, auto_augment=None, color_jitter=0.0, random_erasing=0.0)
 EVAL = EvalTransform(8, None)
@@ -272,29 +267,3 @@ def test_the_stream_survives_a_failed_step(data, uninterrupted):
     assert dm.state_dict()["committed"] == 4
     loader = dm.train_dataloader()
     assert tuple(next(iter(loader))["id"].tolist()) == uninterrupted.train_ids[4]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"seed": 1}, "the checkpoint was written with data.seed 0, this run has 1; resume with the same value"),
-        ({"batch_size": 16}, "data.batch_size 8, this run has 16"),
-        ({"lanes": 4}, "data.lanes 8, this run has 4"),
-        ({"window": 10}, "data.window 8000, this run has 10"),
-        ({"repeats": 2, "lanes": 4}, "data.lanes 8, this run has 4"),
-    ],
-)
-def test_a_checkpoint_of_another_order_is_refused(data, tmp_path, options, message):
-    interrupted(data, tmp_path / "x.ckpt", 2)
-    with pytest.raises(DataError, match=message):
-        fit(module(data, **options), ckpt=tmp_path / "x.ckpt")
-    trainer().validate(Recorder(), datamodule=module(data, **options), ckpt_path=tmp_path / "x.ckpt", verbose=False)
-
-
-def test_a_checkpoint_whose_position_was_altered_is_refused(data, tmp_path):
-    interrupted(data, tmp_path / "x.ckpt", 2)
-    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    content["ClassificationDataModule"]["committed"] = 3
-    torch.save(content, tmp_path / "y.ckpt")
-    with pytest.raises(DataError, match="data position is batch 3, its training loop's 2; it was altered"):
-        fit(module(data), ckpt=tmp_path / "y.ckpt")

@@ -109,7 +109,7 @@ def test_a_shard_cut_while_the_run_reads_it_is_named(folder):
 def test_a_vanished_shard_is_named(folder):
     index = ShardIndex(folder / "train")
     (folder / "train" / "s0.tar").unlink()
-    with pytest.raises(DataError, match=r"shard .*s0.tar cannot be opened \(No such file or directory\); restore it"):
+    with pytest.raises(DataError, match=r"shard .*s0.tar cannot be read \(No such file or directory\); restore it"):
         ShardReader(index).read(0, ("cls",))
 
 
@@ -150,5 +150,5 @@ def test_verify_reports_a_damaged_index(folder):
     data[-1] ^= 1
     path.write_bytes(data)
     assert list(verify_dataset(folder, info, False, lambda samples: None)) == [
-        f"{path}: damaged, its digest does not fit; run `mirrorla shards index {folder}`"
+        f"{path}: damaged, its digest does not fit; make it again with `mirrorla shards index {folder}`"
     ]

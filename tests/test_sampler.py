@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -62,7 +61,9 @@ def test_any_sequence_of_world_sizes_gives_the_batches_of_one_rank(attempts, rep
             parts = [rank[step] for rank in ranks]
             assert np.concatenate([part.ids for part in parts]).tolist() == expected[start + step].ids.tolist()
             assert np.concatenate([part.repeats for part in parts]).tolist() == expected[start + step].repeats.tolist()
-            assert {part.epoch for part in parts} == {expected[start + step].epoch}
+            assert {epoch for part in parts for epoch in part.epochs.tolist()} == set(
+                expected[start + step].epochs.tolist()
+            )
         start += batches
 
 
@@ -178,21 +179,6 @@ def test_the_stream_goes_on_through_epochs_and_can_be_moved(digits):
     place["position"] = 7
     assert next(iter(loader))["id"].tolist() == expected[7]
     loader.close()
-
-
-def test_a_hung_worker_is_given_up_after_the_timeout(digits, tmp_path):
-    """A shard that never answers: a named pipe, as a network file system can be."""
-    shutil.copytree(digits, tmp_path / "copy")
-    dataset = ClassificationDataset(split(tmp_path / "copy"), EvalTransform(8, None), 10)
-    for path in (tmp_path / "copy" / "train").glob("*.tar"):
-        path.unlink()
-        os.mkfifo(path)
-    loader = EvalLoader(dataset, EvalBatchSampler(64, 32), WorkerConfig(1, timeout_s=3))
-    with pytest.raises(RuntimeError, match="DataLoader timed out after 3 seconds"):
-        next(iter(loader))
-    (worker,) = loader._iterator._workers
-    loader.close()
-    assert not worker.is_alive()
 
 
 def test_start_methods_agree_and_workers_die_with_a_killed_trainer(digits):

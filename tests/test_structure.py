@@ -14,7 +14,7 @@ ALLOWED = {
     "mirrorla": {"mirrorla", "torch", "triton", "torchvision", "timm", "safetensors"},
     "datamodules": {
         *("datamodules", "torch", "torchvision", "timm", "webdataset", "numpy", "PIL"),
-        *("sklearn", "rich", "fsspec", "yaml"),
+        *("sklearn", "rich", "fsspec", "yaml", "pycocotools"),
     },
     "lightning_modules": {
         *("lightning_modules", "mirrorla", "datamodules", "cluster", "torch", "torchvision", "timm"),
@@ -22,7 +22,7 @@ ALLOWED = {
         *("safetensors", "tqdm"),
     },
 }
-MODULE_ONLY = {"datamodules/module.py": {"lightning"}}
+MODULE_ONLY = {"datamodules/module.py": {"lightning"}, "datamodules/remote.py": {"aiohttp"}}
 
 
 def imports(path):

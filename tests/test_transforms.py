@@ -10,6 +10,7 @@ from PIL import Image
 from datamodules.transforms import (
     EvalTransform,
     TrainTransform,
+    _posterize,
     denormalise,
     eval_pipeline,
     seeded,
@@ -124,6 +125,22 @@ def test_digits_recipe_stays_close_to_the_digit():
         with seeded(0, 0, sample, 0):
             moved = train_pipeline(DIGITS)(image)
         assert torch.corrcoef(torch.stack([moved.flatten(), still.flatten()]))[0, 1] > 0.3
+
+
+@pytest.mark.parametrize("name", ["rand-m10-n15-inc1", "rand-m0-n15", "augmix-m10-w4-d2", "original", "v0"])
+def test_every_operation_of_a_policy_works_at_its_strongest(name):
+    pipeline = train_pipeline(TrainTransform(16, auto_augment=name))
+    for sample in range(60):
+        with seeded(0, 0, sample, 0):
+            assert pipeline(picture(20, 20)).isfinite().all()
+
+
+def test_posterizing_keeps_the_highest_bits():
+    image = picture()
+    pixels = np.asarray(image).astype(int)
+    for bits in range(9):
+        kept = np.asarray(_posterize(image, bits, fillcolor=0))
+        np.testing.assert_array_equal(kept, pixels // 2 ** (8 - bits) * 2 ** (8 - bits))
 
 
 def test_erasing_fills_a_part_with_noise():

@@ -16,10 +16,6 @@ from datamodules.pack import pack
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 BATCHES = 6  # 57 training samples in batches of 9, which two ranks share 4 to 5
 
-pytestmark = pytest.mark.filterwarnings(  # Lightning 2.6 builds a class that torch 2.15 deprecates
-    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"
-)
-
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):

@@ -89,9 +89,8 @@ class Introduction(Callback):
         _log.info("model          %s", describe() if describe else type(module).__name__)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and hasattr(data, "dataset_digest"):
-            splits = ", ".join(f"{split.samples} {name}" for name, split in data.info.splits.items())
-            _log.info("dataset        %s: %s, %d classes", data.path, splits, data.num_classes)
-            if trainer.state.fn == "test" and "test" not in data.info.splits:
+            _log.info("dataset        %s", data.opened)
+            if trainer.state.fn == "test" and "test" not in data.opened.splits:
                 _log.info("split          there is no test split: testing on the validation split")
         devices = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
         _log.info("devices        %s, precision %s", devices, trainer.precision)

@@ -1,0 +1,165 @@
+"""A loading process that hangs, dies or takes too much memory stops the run with the sample it was at."""
+
+import io
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from datamodules.dataset import ClassificationDataset
+from datamodules.indexer import index_dataset
+from datamodules.loader import EvalLoader, WorkerConfig
+from datamodules.manifest import open_split, read_dataset
+from datamodules.pack import pack
+from datamodules.sampler import EvalBatchSampler
+from datamodules.transforms import EvalTransform
+from datamodules.types import DataError
+from datamodules.worker import Board, Task, worker_context
+
+STARTS = ("fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    pack("digits", str(folder), shard_size_mib=0.02)
+    return folder
+
+
+def loader(folder, split="train", transform=None, **options):
+    index = open_split(folder, read_dataset(folder), split)
+    dataset = ClassificationDataset(index, transform or EvalTransform(8, None), 10)
+    return EvalLoader(dataset, EvalBatchSampler(64, 32), WorkerConfig(1, **options))
+
+
+def never_answer(folder):
+    """Put named pipes in the place of the shards: opening one hangs, as a file on a dead network file system does."""
+    for path in (folder / "train").glob("*.tar"):
+        os.mkfifo(path.with_suffix(".pipe"))
+        path.with_suffix(".pipe").rename(path)
+
+
+@pytest.fixture(params=("fork", "forkserver"))
+def hanging(request, digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "copy")
+    made = loader(tmp_path / "copy", start=request.param, timeout_s=2, rank=3)
+    never_answer(tmp_path / "copy")
+    return made
+
+
+@pytest.mark.parametrize("hanging", ["fork"], indirect=True)
+def test_a_hung_worker_is_named_with_its_sample_and_stacks(hanging, capfd):
+    began = time.monotonic()
+    expected = (
+        r"^rank 3: data worker 0 hangs since \d+ s at \S+/train-0\S+\.tar, sample 'digit-\d+' \(data.timeout_s 2\); "
+    )
+    with pytest.raises(DataError, match=expected) as error:
+        next(iter(hanging))
+    assert time.monotonic() - began < 12  # starting the worker included
+    assert "\n" not in str(error.value)
+    (worker,) = hanging._iterator._workers
+    hanging.close()
+    assert not worker.is_alive()
+    assert re.search(r'File ".*dataset.py", line \d+ in load', capfd.readouterr().err)
+
+
+def kill_when_busy(loader):
+    while not loader._board.tasks():
+        time.sleep(0.02)
+    os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+
+
+def test_a_killed_worker_is_named_with_its_sample(hanging, caplog):
+    stream = iter(hanging)
+    threading.Thread(target=kill_when_busy, args=(hanging,)).start()
+    # torch tells of it in the main thread, wherever that is, by a RuntimeError of its own
+    expected = r"data worker 0 was killed by signal 9 while loading .*sample 'digit-\d+'; if memory ran out, use fewer"
+    with pytest.raises((DataError, RuntimeError)) as error:
+        next(stream)
+    with caplog.at_level(logging.ERROR, "mirrorla"):
+        hanging.close()
+    assert re.search(expected, f"{error.value} {caplog.text}")
+    assert re.search(expected, caplog.text)
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """A small file that holds an image of 6000x6000 pixels, 108 MB once decoded, behind a small image."""
+    folder = tmp_path_factory.mktemp("big")
+    (folder / "train").mkdir()
+    with tarfile.open(folder / "train" / "t.tar", "w") as tar:
+        for key, side in (("small", 8), ("big", 6000)):
+            image = io.BytesIO()
+            Image.new("RGB", (side, side)).save(image, format="PNG")
+            for name, content in ((f"{key}.png", image.getvalue()), (f"{key}.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index_dataset(folder)
+    return folder
+
+
+def load_big(folder, start, memory_gib):
+    index = open_split(folder, read_dataset(folder), "train")
+    dataset = ClassificationDataset(index, EvalTransform(8, None), 1)
+    made = EvalLoader(dataset, EvalBatchSampler(2, 2), WorkerConfig(1, start=start, memory_gib=memory_gib))
+    try:
+        return [batch["id"].tolist() for batch in made]
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_sample_that_breaks_the_memory_limit_is_named(big, start):
+    expected = r"t.tar, sample 'big': loading it takes more than data.worker_memory_gib 0.0625; raise the limit, or"
+    with pytest.raises(DataError, match=expected):
+        load_big(big, start, 0.0625)
+
+
+def test_a_sufficient_memory_limit_changes_nothing(big):
+    assert load_big(big, "fork", 1.0) == load_big(big, "fork", None) == [[0, 1]]
+
+
+def test_the_board_lists_the_longest_task_first():
+    board = Board(worker_context("fork"), 3)
+    assert board.tasks() == []
+    board.note(2, 7)
+    time.sleep(0.02)
+    board.note(0, 5)
+    (first, second) = board.tasks()
+    assert (first.worker, first.sample, second.worker, second.sample) == (2, 7, 0, 5)
+    assert isinstance(first, Task)
+    assert first.seconds > second.seconds >= 0
+
+
+def test_a_training_that_hangs_ends_with_one_line_and_exit_code_one(digits, tmp_path):
+    """The command itself, whose shards stop answering in the middle of it."""
+    shutil.copytree(digits, tmp_path / "digits")
+    command = [
+        *(sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "digits/classification"),
+        *("--run_dir", "run", "--data.path", "digits", "--data.num_workers", "1", "--data.timeout_s", "3"),
+        *("--data.window", "16", "--trainer.max_epochs", "1000", "--data.batch_size", "16"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path
+    ) as process:
+        output = ""
+        for line in process.stdout:
+            output += line
+            if line.startswith("attempt 1"):
+                never_answer(tmp_path / "digits")
+    assert process.returncode == 1, output
+    assert re.search(r"error: rank 0: data worker 0 hangs since \d s at \S+\.tar, sample 'digit-\d+' \(data.t", output)
+    assert "most recent call first" in output
+    assert "Traceback" not in output
