@@ -145,10 +145,11 @@ class _Loader:
         for worker, process in enumerate(self._iterator._workers):
             if process.exitcode in (None, 0):
                 continue
-            how = f"killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with {process.exitcode}"
+            code = process.exitcode
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             place = f" while loading {self._where(tasks[worker].sample)}" if worker in tasks else ""
             mend = "; if memory ran out, use fewer data.num_workers or set data.worker_memory_gib"
-            lines.append(f"rank {self._config.rank}: data worker {worker} was {how}{place}{mend}")
+            lines.append(f"rank {self._config.rank}: data worker {worker} {how}{place}{mend}")
         return lines
 
     def _where(self, sample: int) -> str:
