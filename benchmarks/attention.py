@@ -74,16 +74,15 @@ def measure_point(point: dict[str, object]) -> dict[str, str]:
     assert kind == "mirror" or kind == "softmax"
     torch.manual_seed(0)
     layer = MirrorAttention(DIM, HEADS, kind=kind).to(device).train(backward)
-    grid = _grid(N)
+    inputs = {n: torch.randn(1, n, DIM, device=device, requires_grad=backward) for n in (64, N)}
 
-    def run(tokens: int = N, shape: tuple[int, int] = grid) -> None:
-        x = torch.randn(1, tokens, DIM, device=device)
+    def run(tokens: int = N) -> None:
         with torch.set_grad_enabled(backward):
-            out = layer(x, shape)
+            out = layer(inputs[tokens], _grid(tokens))
         if backward:
             out.sum().backward()
 
-    run(64, (8, 8))  # libraries allocate their own workspaces before the baseline is read
+    run(64)  # libraries allocate their own workspaces before the baseline is read
     before = _memory_mib(device)
     if point["measure"] == "memory":
         run()

@@ -37,7 +37,7 @@ def measure(
 ) -> list[float]:
     """Time a call after one warm-up, as often as fits into the budget, at least three times.
 
-    A call that takes longer than the whole budget is its own warm-up and timed once.
+    A call that takes longer than four budgets is its own warm-up and timed once.
 
     Args:
         run: what to time.
@@ -49,7 +49,7 @@ def measure(
         Seconds of each repetition.
     """
     first = _timed(run, device)
-    if first > budget_s:
+    if first > 4 * budget_s:
         return [first]
     repeats = min(max_repeats, max(3, int(budget_s / max(first, 1e-6))))
     return [_timed(run, device) for _ in range(repeats)]

@@ -170,7 +170,7 @@ class ClassificationModule(LightningModule):
 
     def training_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
         """The weighted loss of this rank's share; averaged over ranks it is the loss of the global batch."""
-        images, targets = self._mixer(batch["image"], batch["label"])
+        images, targets = self._mixer(batch["image"], batch["label"], batch["weight"])
         logits = self.backbone(images.contiguous(memory_format=self._format))
         loss = (batch["weight"] * cross_entropy(logits.float(), targets, reduction="none")).mean()
         if self.is_log_step:

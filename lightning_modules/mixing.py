@@ -82,12 +82,13 @@ class Mixer:
                 num_classes=num_classes,
             )
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix a batch.
+    def __call__(self, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a batch. A good sample whose partner was skipped stays as it is, instead of fading to black.
 
         Args:
             images: (B, 3, H, W); not changed.
             labels: (B,) int64.
+            weights: (B,), 0 for a skipped sample.
 
         Returns:
             Mixed images (B, 3, H, W) and targets (B, C) float32.
@@ -96,5 +97,7 @@ class Mixer:
         even = len(images) // 2 * 2
         if self._mixup is None or even == 0:
             return images, targets
-        mixed, mixed_targets = self._mixup(images[:even].clone(), labels[:even])
+        own = torch.arange(even, device=images.device)
+        chosen = torch.where(weights[:even] > 0, own, own.flip(0))  # timm pairs sample i with even - 1 - i
+        mixed, mixed_targets = self._mixup(images[:even][chosen], labels[:even][chosen])
         return torch.cat([mixed, images[even:]]), torch.cat([mixed_targets.float(), targets[even:]])

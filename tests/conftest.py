@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from datamodules.pack import pack
 from lightning_modules import stop_signals
@@ -26,6 +28,20 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.getbasetemp() / "digits"
     pack("digits", str(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """57 training and 21 validation images of 3 classes, packed into shards of a few samples."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 57), ("val", 21)):
+        for i in range(count):
+            path = folder / split / "abc"[i % 3] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    pack("imagefolder", str(folder / "packed"), data=str(folder), shard_size_mib=0.04)
+    return folder / "packed"
 
 
 @pytest.fixture(autouse=True)

@@ -2,35 +2,18 @@
 
 import subprocess
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
 
 from datamodules.module import ClassificationDataModule
 from datamodules.order import ORDER_VERSION
-from datamodules.pack import pack
 from datamodules.transforms import EvalTransform, TrainTransform
 from datamodules.types import DataError
 
 TRAIN = TrainTransform(8, crop=False, auto_augment=None, color_jitter=0.0, random_erasing=0.0)
 EVAL = EvalTransform(8, None)
 BATCHES = 7  # 57 training samples in batches of 8
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """57 training and 21 validation images of 3 classes, packed into shards of a few samples."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 57), ("val", 21)):
-        for i in range(count):
-            path = folder / split / "abc"[i % 3] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
-    pack("imagefolder", str(folder / "packed"), data=str(folder), shard_size_mib=0.04)
-    return folder / "packed"
 
 
 def module(data, **options):

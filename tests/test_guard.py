@@ -2,17 +2,14 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from PIL import Image
 
 from datamodules.indexer import index_dataset
 from datamodules.module import ClassificationDataModule
-from datamodules.pack import pack
 from datamodules.resume import changed_fields
 from datamodules.sampler import TrainBatchSampler
 from datamodules.transforms import EvalTransform, TrainTransform
@@ -23,19 +20,6 @@ EVAL = EvalTransform(8, None)
 BATCHES = 7  # 57 training samples in batches of 8
 EPOCHS = 3
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """57 training images of 3 classes, packed into shards of a few samples."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(57):
-        path = folder / "train" / "abc"[i % 3] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
-    pack("imagefolder", str(folder / "packed"), data=str(folder), shard_size_mib=0.04)
-    return folder / "packed"
 
 
 def module(data, **options):

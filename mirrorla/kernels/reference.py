@@ -6,9 +6,9 @@ Shapes: B images, N queries, M keys, H heads, dk and dv channels, J = dk/2 block
     S = mean_m rope(phi(k_m)) v_m^T        s = mean_m phi(k_m)
     y_n = rope(phi(q_n)) S / (phi(q_n)·s + eps)
 
-The mean over tokens is taken before the products with q, so that long contexts do not overflow half precision; maps,
-state and denominators are fp32 (float64 for float64 inputs). Rotary positions turn the numerator only: the denominator
-stays a sum of non-negative numbers.
+State and denominators are means over the tokens, so that they do not grow with the context; they, the maps and all sums
+are fp32 (float64 for float64 inputs). Rotary positions turn the numerator only: the denominator stays a sum of
+non-negative numbers.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def kv_state(
     scale = count.clamp(min=1.0).reciprocal()
     key_mean = phi_k.sum(1) * scale[:, None, None]
     roped = phi_k if rope is None else rotate(phi_k, *rope)
-    state = torch.einsum("bmhd,bmhe->bhde", roped * scale[:, None, None, None], v)
+    state = torch.einsum("bmhd,bmhe->bhde", roped, v) * scale[:, None, None, None]
     return state, key_mean, count
 
 
@@ -109,8 +109,8 @@ def apply_state(
     phi_q = feature_map(q, mirror, power)
     denominator = torch.einsum("bnhd,bhd->bnh", phi_q, key_mean) + eps
     roped = phi_q if rope is None else rotate(phi_q, *rope)
-    numerator = torch.einsum("bnhd,bhde->bnhe", roped, state)
-    return (numerator / denominator.unsqueeze(-1)).to(q.dtype)
+    # Divided before the product, whose result lies head by head in memory and would be slow to walk token by token.
+    return torch.einsum("bnhd,bhde->bnhe", roped / denominator.unsqueeze(-1), state).to(q.dtype)
 
 
 def mirror_linear_attention(
