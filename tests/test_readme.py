@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.tables import filled_in
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
@@ -115,3 +117,7 @@ def test_the_tree_names_what_is_there():
     (tree,) = re.findall(r"## The tree\n\n```\n(.*?)```", TEXT, re.DOTALL)
     for line in tree.splitlines():
         assert (ROOT / line.split()[0]).is_dir()
+
+
+def test_measured_tables_are_those_of_the_results():
+    assert filled_in(TEXT) == TEXT

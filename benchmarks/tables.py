@@ -1,0 +1,111 @@
+"""Writes the measured tables into README.md from results/*.csv; a test holds the two together.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.common import RESULTS
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+Rows = Sequence[Mapping[str, str]]
+
+
+def attention_table(rows: Rows) -> list[str]:
+    """Median time and peak memory of one layer over N, mirror beside softmax.
+
+    Args:
+        rows: of attention_cpu.csv.
+
+    Returns:
+        Markdown lines.
+    """
+    lines = ["| N | " + " | ".join(f"{d}: mirror | softmax" for d in ("forward", "forward+backward")) + " | peak MiB |"]
+    lines.append("|---:" * 6 + "|")
+    cells = {(row["direction"], row["kind"], row["N"]): row for row in rows}
+    for n in dict.fromkeys(row["N"] for row in rows):
+        times = [
+            f"{float(cells[direction, kind, n]['p50_ms']):,.1f} ms"
+            for direction in ("forward", "forward+backward")
+            for kind in ("mirror", "softmax")
+        ]
+        peaks = [f"{float(cells['forward', kind, n]['peak_mib']):,.0f}" for kind in ("mirror", "softmax")]
+        lines.append(f"| {int(n):,} | {' | '.join(times)} | {' / '.join(peaks)} |")
+    return [*lines, "", _source("attention_cpu", rows[0])]
+
+
+def loader_table(rows: Rows) -> list[str]:
+    """Samples a second in one process, ours beside the others', stage by stage.
+
+    Args:
+        rows: of loader.csv.
+
+    Returns:
+        Markdown lines.
+    """
+    readers = list(dict.fromkeys(row["reader"] for row in rows))
+    lines = [f"| up to and with, 0 workers | {' | '.join(readers)} |", "|---" + "|---:" * len(readers) + "|"]
+    cells = {(row["stage"], row["reader"]): row for row in rows if row["workers"] == "0"}
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        found = [cells.get((stage, reader)) for reader in readers]
+        rates = (f"{float(one['samples_per_s']):,.0f}/s" if one else "–" for one in found)
+        lines.append(f"| {stage} | {' | '.join(rates)} |")
+    return [*lines, "", _source("loader", rows[0])]
+
+
+def scale_table(rows: Rows) -> list[str]:
+    """Index and order at ImageNet's number of samples.
+
+    Args:
+        rows: of loader_scale.csv.
+
+    Returns:
+        Markdown lines.
+    """
+    lines = ["| 1.28 M samples, 1281 shards | measured | target |", "|---|---:|---|"]
+    lines += [f"| {row['figure']} | {row['value']} {row['unit']} | {row['target']} |" for row in rows]
+    return [*lines, "", _source("loader_scale", rows[0])]
+
+
+TABLES: dict[str, Callable[[Rows], list[str]]] = {
+    "attention_cpu": attention_table,
+    "loader": loader_table,
+    "loader_scale": scale_table,
+}
+
+
+def filled_in(text: str) -> str:
+    """README's text with every table between its two markers made anew.
+
+    Args:
+        text: holds `<!-- NAME.csv -->` and `<!-- end -->` around each table.
+    """
+    for name, render in TABLES.items():
+        with (RESULTS / f"{name}.csv").open(newline="") as file:
+            table = "\n".join(render(list(csv.DictReader(file))))
+        marked = rf"(<!-- {name}\.csv -->\n).*?(<!-- end -->)"
+        text, count = re.subn(marked, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+        assert count == 1, f"README.md needs one marker for {name}.csv"
+    return text
+
+
+def main() -> int:
+    """Write README.md anew."""
+    README.write_text(filled_in(README.read_text()))
+    return 0
+
+
+def _source(name: str, row: Mapping[str, str]) -> str:
+    threads = f", {row['threads']} threads" if row["threads"] else ""
+    where = f"{row['device']}{threads}, torch {row['torch']}, Python {row['python']}, commit {row['commit']}"
+    return f"[{name}.csv](benchmarks/results/{name}.csv): {where}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
