@@ -81,7 +81,7 @@ def test_empty_file_sets_nothing(yaml_file):
         ("model.layer_decay", "unknown key model.layer_decay (command line); nearest: model.optim.layer_decay"),
         ("model.backbone.mirror.powr", "nearest: model.backbone.mirror.power"),
         ("data.train_transform.hflop", "nearest: data.train_transform.hflip"),
-        ("data.zzzz", "unknown key data.zzzz (command line); valid: batch_size, eval_batch_size"),
+        ("data.zzzz", "unknown key data.zzzz (command line); valid: allow_changed, batch_size, cache_dir"),
         ("zzzz", "unknown key zzzz (command line); valid: config, data, model, run_dir, trainer"),
     ],
     ids=lambda value: value if " " not in value else "",
