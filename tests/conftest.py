@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from datamodules.pack import pack
@@ -14,6 +15,10 @@ KNOWN = (
     # Lightning 2.6 checks a pytree class that torch 2.15 renames.
     "ignore:.*LeafSpec:FutureWarning",
 )
+
+# A shared machine's pauses are no faults of the code; in CI hypothesis repeats the same examples by itself.
+settings.register_profile("house", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

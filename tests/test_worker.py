@@ -131,7 +131,7 @@ def test_a_sample_that_breaks_the_memory_limit_is_named(big, start):
 
 
 def test_a_sufficient_memory_limit_changes_nothing(big):
-    assert load_big(big, "fork", 1.0) == load_big(big, "fork", None) == [[0, 1]]
+    assert load_big(big, "forkserver", 1.0) == load_big(big, "forkserver", None) == [[0, 1]]
 
 
 def test_the_board_lists_the_longest_task_first():
