@@ -24,7 +24,7 @@ from datamodules.types import DataError
 
 Reader = Literal["mirrorla", "webdataset", "files"]
 READERS: tuple[Reader, ...] = ("mirrorla", "webdataset", "files")
-WINDOWS = 3
+WINDOWS = 7
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,12 @@ def measure(path: Path, workers: Sequence[int], *, seconds: float, batch_size: i
     index = open_split(path, info, "train")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    cases = list(itertools.product(workers, STAGES, READERS))
+    cases = list(itertools.product(workers, STAGES))
     try:
         with tempfile.TemporaryDirectory(prefix="mirrorla-bench-") as folder:
             image_bytes = unpack(index, Path(folder), samples)
-            bench_one = partial(_measure_one, index, Path(folder), batch_size, seconds, image_bytes)
-            rates = [
-                bench_one(*case) for case in track(cases, "measuring", transient=True) if _is_possible(index, *case)
-            ]
+            bench_one = partial(_measure_readers, index, Path(folder), batch_size, seconds, image_bytes)
+            rates = [rate for case in track(cases, "measuring", transient=True) for rate in bench_one(*case)]
     finally:
         torch.set_num_threads(threads)
     return rates
@@ -123,42 +121,44 @@ def _is_possible(index: ShardIndex, workers: int, stage: Stage, reader: Reader) 
     return stage != "crc" or reader == "mirrorla"
 
 
-def _measure_one(
-    index: ShardIndex,
-    folder: Path,
-    batch_size: int,
-    seconds: float,
-    image_bytes: float,
-    workers: int,
-    stage: Stage,
-    reader: Reader,
-) -> Rate:
-    if reader == "mirrorla":
-        batches = our_batches(index, stage, workers, batch_size)
-    elif reader == "webdataset":
-        batches = webdataset_batches(index, stage, workers, batch_size)
-    else:
-        batches = file_batches(folder, stage, workers, batch_size)
-    found = window_rates(batches, seconds, warm_up=2 * workers + 2)
-    median = statistics.median(found)
-    return Rate(reader, stage, workers, median, min(found), max(found), median * image_bytes / 1e6)
+def _measure_readers(
+    index: ShardIndex, folder: Path, batch_size: int, seconds: float, image_bytes: float, workers: int, stage: Stage
+) -> list[Rate]:
+    streams: dict[Reader, Iterator[int]] = {}
+    for reader in READERS:
+        if not _is_possible(index, workers, stage, reader):
+            continue
+        if reader == "mirrorla":
+            streams[reader] = our_batches(index, stage, workers, batch_size)
+        elif reader == "webdataset":
+            streams[reader] = webdataset_batches(index, stage, workers, batch_size)
+        else:
+            streams[reader] = file_batches(folder, stage, workers, batch_size)
+    found = window_rates(list(streams.values()), seconds, warm_up=2 * workers + 2)
+    rates = []
+    for reader, windows in zip(streams, found, strict=True):
+        median = statistics.median(windows)
+        rates.append(Rate(reader, stage, workers, median, min(windows), max(windows), median * image_bytes / 1e6))
+    return rates
 
 
-def window_rates(batches: Iterator[int], seconds: float, warm_up: int) -> list[float]:
-    """Samples a second in WINDOWS equal windows of time.
+def window_rates(streams: Sequence[Iterator[int]], seconds: float, warm_up: int) -> list[list[float]]:
+    """Samples a second of several streams, in WINDOWS windows of time each.
+
+    The windows take turns, so that a machine that is slower for a while is so for all of them.
 
     Args:
-        batches: sizes of batches as they come, without end.
-        seconds: of all windows together; each ends with the batch that exceeds it.
-        warm_up: batches to take first: as many as stand ready in the workers' queues.
+        streams: sizes of batches as they come, without end.
+        seconds: of all windows of a stream together; each ends with the batch that exceeds it.
+        warm_up: batches to take before each window: as many as stand ready in the workers' queues.
     """
-    for _ in range(warm_up):
-        next(batches)
-    rates = []
-    for _ in range(WINDOWS):
+    rates: list[list[float]] = [[] for _ in streams]
+    for _, (place, stream) in itertools.product(range(WINDOWS), enumerate(streams)):
+        for _ in range(warm_up):
+            next(stream)
         samples, started, elapsed = 0, time.perf_counter(), 0.0
         while elapsed < seconds / WINDOWS:
-            samples += next(batches)
+            samples += next(stream)
             elapsed = time.perf_counter() - started
-        rates.append(samples / elapsed)
+        rates[place].append(samples / elapsed)
     return rates

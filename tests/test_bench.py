@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import loader
 from datamodules import bench as bench_module
-from datamodules.bench import Rate, bench, measure, rate_table, window_rates
+from datamodules.bench import WINDOWS, Rate, bench, measure, rate_table, window_rates
 from datamodules.bench_streams import file_batches, our_batches, unpack, webdataset_batches
 from datamodules.index import ShardIndex
 from datamodules.pack import pack
@@ -71,17 +71,22 @@ def test_plain_files_hold_the_same_bytes(dataset, tmp_path):
     assert [int(path.parent.name) for path in files] == index.labels()[:30].tolist()
 
 
-def test_windows_count_all_samples_and_skip_the_warm_up():
-    taken = []
+def test_windows_take_turns_count_all_samples_and_skip_the_warm_up():
+    taken = {0: [], 1: []}
+    turns = []
 
-    def batches():
+    def batches(place, size):
         for number in itertools.count():
-            taken.append(number)
-            yield 4
+            taken[place].append(number)
+            turns.append(place)
+            yield size
 
-    rates = window_rates(batches(), 0.03, warm_up=5)
-    assert len(rates) == 3
-    assert sum(rates) / 3 == pytest.approx(4 * (len(taken) - 5) / 0.03, rel=0.2)
+    rates = window_rates([batches(0, 4), batches(1, 8)], 0.07, warm_up=5)
+    assert [len(windows) for windows in rates] == [WINDOWS, WINDOWS]
+    assert [place for place, _ in itertools.groupby(turns)] == [0, 1] * WINDOWS
+    for place, size in ((0, 4), (1, 8)):
+        counted = size * (len(taken[place]) - 5 * WINDOWS)
+        assert sum(rates[place]) / WINDOWS == pytest.approx(counted / 0.07, rel=0.2)
 
 
 def test_the_table_has_a_row_for_each_reader_and_stage():
