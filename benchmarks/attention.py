@@ -1,190 +1,68 @@
-"""Time and peak memory of mirror attention over the number of tokens, beside softmax attention.
+"""Attention kernels and layers beside their rivals, behind a correctness gate; or one layer over the number of tokens.
 
-    python -m benchmarks.attention [--device cpu] [--tokens 256,1024,4096,16384,65536]
+    mirrorla bench attention --device cuda
+    mirrorla bench attention --over tokens
 
-Softmax is torch's scaled_dot_product_attention in the same layer: same projections, gate and positions. Every point
-runs in two processes of its own. One is timed while its C library keeps freed memory, as a GPU's allocator does:
-otherwise large tensors are given back to the kernel and faulted in again at every call, and page faults are what one
-measures. The other runs once with the library's defaults, and its highest memory above the baseline is the peak.
+Over shapes, every implementation is first held to the float64 reference, values and gradients, on the device: one of
+ours that fails ends the run with exit code 1 before anything is timed. Forward, backward and both are then timed cold
+(median of calls, the cache cleared before each) and, on a GPU, replayed from a CUDA graph over inputs that together
+exceed the L2 cache twice. Beside every time stands its share of the memory traffic that a copy reaches in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import os
-import resource
-import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from rich.progress import track
+from benchmarks.common import RESULTS, chosen_device, numbers
 
-from benchmarks.common import RESULTS, measure, provenance, quantiles_ms, write_csv
-from mirrorla import MirrorAttention
-
-DIM, HEADS = 64, 1  # mirrorla_tiny's first stage, the one that sees this many tokens
-KINDS = ("mirror", "softmax")
-DIRECTIONS = ("forward", "forward+backward")
-MIB = 2**20
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # glibc's; ignored elsewhere
+BUDGET_S = {"cpu": 2.0, "cuda": 0.2}
+TOKENS = "256,1024,4096,16384,65536"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure every point, write the CSV and the plot, print the table.
+    """Measure, write the CSV and the plot, print the table.
 
     Args:
         arguments: command line; None takes the process's.
 
     Returns:
-        The exit code.
+        0, or 1 when the correctness gate is red.
+
+    Raises:
+        UsageError: no such device or shape.
     """
-    options = _parser().parse_args(arguments)
-    if options.point:
-        print(json.dumps(measure_point(json.loads(options.point))))
+    options = parser().parse_args(arguments)
+    device = chosen_device(options.device)
+    budget_s = options.budget_s or BUDGET_S[device.type]
+    if options.over == "tokens":
+        from benchmarks import attention_tokens
+
+        out = options.out or RESULTS / f"attention_{device.type}.csv"
+        attention_tokens.run(device, options.tokens, budget_s, out)
         return 0
-    device = torch.device(options.device)
-    tokens = [int(n) for n in options.tokens.split(",")]
-    points = [
-        {"device": options.device, "kind": kind, "direction": direction, "N": n, "budget_s": options.budget_s}
-        for direction, kind, n in itertools.product(DIRECTIONS, KINDS, tokens)
-    ]
-    rows = [{**_run_point(point), **provenance(device)} for point in track(points, description="attention")]
-    path = options.out or RESULTS / f"attention_{device.type}.csv"
-    write_csv(path, rows)
-    plot(rows, path.with_suffix(".png"))
-    print(table(rows))
-    print(f"written: {path} and {path.with_suffix('.png').name}")
-    return 0
+    from benchmarks import attention_shapes
+
+    out = options.out or RESULTS / f"attention_kernels_{device.type}.csv"
+    return attention_shapes.run(device, budget_s, out, [name for name in options.only.split(",") if name])
 
 
-def measure_point(point: dict[str, object]) -> dict[str, str]:
-    """Measure one kind of attention at one number of tokens, in this process.
-
-    Args:
-        point: device, kind, direction, N, budget_s, and "time" or "memory" to measure.
-
-    Returns:
-        CSV columns: the point and its times, or its peak memory.
-    """
-    device, N = torch.device(str(point["device"])), int(str(point["N"]))
-    kind, backward = point["kind"], point["direction"] == "forward+backward"
-    assert kind == "mirror" or kind == "softmax"
-    torch.manual_seed(0)
-    layer = MirrorAttention(DIM, HEADS, kind=kind).to(device).train(backward)
-    inputs = {n: torch.randn(1, n, DIM, device=device, requires_grad=backward) for n in (64, N)}
-
-    def run(tokens: int = N) -> None:
-        with torch.set_grad_enabled(backward):
-            out = layer(inputs[tokens], _grid(tokens))
-        if backward:
-            out.sum().backward()
-
-    run(64)  # libraries allocate their own workspaces before the baseline is read
-    before = _memory_mib(device)
-    if point["measure"] == "memory":
-        run()
-        return {"peak_mib": f"{_memory_mib(device) - before:.1f}"}
-    seconds = measure(run, device, budget_s=float(str(point["budget_s"])))
-    return {
-        "kind": str(kind),
-        "direction": str(point["direction"]),
-        "dim": str(DIM),
-        "heads": str(HEADS),
-        "N": str(N),
-        "repeats": str(len(seconds)),
-        **quantiles_ms(seconds),
-    }
-
-
-def table(rows: list[dict[str, str]]) -> str:
-    """The points as text, with the growth of time from one N to the next.
-
-    Args:
-        rows: CSV rows in the order of `main`.
-
-    Returns:
-        One line a point: direction, kind, N, median, growth for four times the tokens, peak memory.
-    """
-    lines = [f"{'direction':17} {'kind':8} {'N':>6} {'p50 ms':>10} {'x':>5} {'peak MiB':>9}"]
-    last: dict[str, str] = {}
-    for row in rows:
-        same = (row["kind"], row["direction"]) == (last.get("kind"), last.get("direction"))
-        growth = f"{float(row['p50_ms']) / float(last['p50_ms']):5.2f}" if same else " " * 5
-        lines.append(
-            f"{row['direction']:17} {row['kind']:8} {row['N']:>6} {row['p50_ms']:>10} {growth} {row['peak_mib']:>9}"
-        )
-        last = row
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Draw time and peak memory over N, both axes logarithmic.
-
-    Args:
-        rows: CSV rows.
-        path: the PNG.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    colours = {"mirror": "#1f77b4", "softmax": "#d62728"}
-    for direction, kind in itertools.product(DIRECTIONS, KINDS):
-        chosen = [row for row in rows if (row["kind"], row["direction"]) == (kind, direction)]
-        style = "-o" if direction == "forward" else "--s"
-        for panel, column in zip(panels, ("p50_ms", "peak_mib"), strict=True):
-            n = [int(row["N"]) for row in chosen]
-            values = [float(row[column]) for row in chosen]
-            panel.loglog(n, values, style, color=colours[kind], label=f"{kind}, {direction}", base=2)
-    for panel, title in zip(
-        panels, ("time per layer, ms (median)", "peak memory above the baseline, MiB"), strict=True
-    ):
-        panel.set(xlabel="tokens N", title=title)
-        panel.set_yscale("log", base=10)
-        panel.grid(alpha=0.3)
-    panels[0].legend()
-    figure.suptitle(f"attention layer, C = {DIM}, {HEADS} head, fp32, {rows[0]['device']} (commit {rows[0]['commit']})")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--tokens", default="256,1024,4096,16384,65536", help="numbers of tokens, by commas")
-    parser.add_argument("--budget_s", type=float, default=2.0, help="seconds of repetitions for each point")
-    parser.add_argument("--out", type=Path, help="CSV file (default: benchmarks/results/attention_DEVICE.csv)")
-    parser.add_argument("--point", help=argparse.SUPPRESS)
-    return parser
-
-
-def _run_point(point: dict[str, object]) -> dict[str, str]:
-    row: dict[str, str] = {}
-    for what, environment in (("time", KEEP_FREED_MEMORY), ("memory", {})):
-        command = [sys.executable, "-m", "benchmarks.attention", "--point", json.dumps({**point, "measure": what})]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
-        if done.returncode:
-            raise RuntimeError(f"{point}: {done.stderr.strip().splitlines()[-1]}")
-        row |= json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
-def _grid(tokens: int) -> tuple[int, int]:
-    """The squarest grid with exactly this many cells."""
-    height = next(h for h in range(int(tokens**0.5), 0, -1) if tokens % h == 0)
-    return height, tokens // height
-
-
-def _memory_mib(device: torch.device) -> float:
-    """Highest memory so far: the process's on a CPU, the allocator's on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu, with fewer shapes")
+    made.add_argument("--over", choices=("shapes", "tokens"), default="shapes", help="default: shapes")
+    made.add_argument("--only", metavar="CASES", default="", help="shapes of the table by commas, for example S1,HR")
+    made.add_argument("--tokens", default=TOKENS, type=numbers, help="with --over tokens: numbers of tokens, by commas")
+    made.add_argument("--budget_s", type=float, help="seconds of repetitions for each point (default: 2; cuda: 0.2)")
+    made.add_argument("--out", type=Path, help="CSV file (default: in benchmarks/results/), the plot beside it")
+    return made
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import platform
 import subprocess
@@ -10,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+from lightning_modules.errors import UsageError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -30,6 +33,35 @@ def provenance(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device to measure.
+
+    Args:
+        name: "cpu" or "cuda".
+
+    Raises:
+        UsageError: a GPU where there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device; choose --device cpu")
+    return torch.device(name)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers by commas, from a command line.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers >= 1 by commas, such as 256,1024")
+    return found
 
 
 def measure(

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.memory_of:
         print(json.dumps(memory_per_sample(options.memory_of)))
         return 0
@@ -237,7 +237,8 @@ def _row(rate: Rate) -> dict[str, str]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, default=ROOT / "data" / "benchmark-images", help="where the images are kept"

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mirrorla.kernels.reference import Tables, mirror_linear_attention
-from mirrorla.layers import to_map, to_tokens
+from mirrorla.depthwise import depthwise_conv
+from mirrorla.kernels.op import mirror_linear_attention
+from mirrorla.kernels.reference import Tables
 from mirrorla.mirror_parameters import MirrorConfig, MirrorParameters
 from mirrorla.mirrors import reflect_rows
 from mirrorla.positions import rope_tables, rotate
@@ -186,7 +187,7 @@ class MirrorAttention(nn.Module):
         values = v.flatten(2)  # (B, N, C)
         if mask is not None:
             values = values.masked_fill(~mask.unsqueeze(-1), 0.0)  # as if the image ended there
-        return to_tokens(self.lepe(to_map(values, grid)))
+        return depthwise_conv(values.unflatten(1, grid), self.lepe.weight, self.lepe.bias).flatten(1, 2)
 
     def _check(
         self, x: Tensor, grid: Grid | None, mask: Tensor | None, context: Tensor | None, context_grid: Grid | None

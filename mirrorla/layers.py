@@ -15,7 +15,7 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, h·w, C) -> (B, C, h, w)."""
-    return x.transpose(1, 2).unflatten(2, grid)
+    return x.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def conv_norm(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Sequential:

@@ -30,14 +30,14 @@ def rope_tables(height: int, width: int, head_dim: int, device: torch.device | N
     columns = torch.arange(width, device=device, dtype=torch.float32)
     row_angle = rows[:, None] * _frequencies(row_pairs, device)
     column_angle = columns[:, None] * _frequencies(column_pairs, device)
-    angle = torch.cat(
-        (
-            row_angle[:, None, :].expand(height, width, row_pairs),
-            column_angle[None, :, :].expand(height, width, column_pairs),
-        ),
-        dim=-1,
-    ).reshape(height * width, pairs)
-    return angle.cos(), angle.sin()
+
+    def spread(row_values: Tensor, column_values: Tensor) -> Tensor:
+        along_rows = row_values[:, None, :].expand(height, width, row_pairs)
+        along_columns = column_values[None, :, :].expand(height, width, column_pairs)
+        return torch.cat((along_rows, along_columns), dim=-1).reshape(height * width, pairs)
+
+    # Cosines of height + width angles and not of height x width.
+    return spread(row_angle.cos(), column_angle.cos()), spread(row_angle.sin(), column_angle.sin())
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -177,6 +177,19 @@ def test_gradcheck_of_the_whole_layer():
     assert torch.autograd.gradcheck(run, (x, *leaves))
 
 
+def test_the_compiled_layer_has_no_graph_break_and_the_same_gradients():
+    attention = layer()
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for grid in ((4, 5), (6, 7)):
+        x = tokens(N=grid[0] * grid[1])
+        found, expected = compiled(x, grid), attention(x, grid)
+        torch.testing.assert_close(found, expected)
+        parameters = list(attention.parameters())
+        grads = [torch.autograd.grad(out.square().sum(), parameters) for out in (found, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
 def test_ema_remembers_in_training_and_is_static_in_evaluation():
     attention = layer(mirror=MirrorConfig(modulation="ema"))
     before = attention.mirrors.running_rho.clone()

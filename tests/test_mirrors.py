@@ -130,6 +130,21 @@ def test_moments_of_a_fully_masked_row_are_finite():
     assert mean.abs().max() == variance.abs().max() == count.item() == 0.0
 
 
+def test_moments_have_the_derivatives_of_their_definition():
+    x = draw(0, 2, 6, 3, 4).requires_grad_()
+    weights = draw(1, 2, 3, 4), draw(2, 2, 3, 4)
+
+    def plain(x):
+        mean = x.mean(1)
+        return mean, (x - mean.unsqueeze(1)).square().mean(1)
+
+    found, expected = (
+        torch.autograd.grad(function(x)[:2], x, weights, create_graph=True)[0] for function in (token_moments, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(lambda x: token_moments(x)[:2], x)
+
+
 @pytest.mark.parametrize("gain", [0.0, 1.0, 1e6])
 def test_modulation_is_bounded_and_off_at_zero_gain(gain):
     rho = torch.rand(5, 2, 3)

@@ -1,5 +1,7 @@
 """The plain PyTorch twin of mirrored linear attention: any device, float16 to float64, differentiable to any order.
 
+The oracle of every faster path, and what gradients of gradients are taken through.
+
 Shapes: B images, N queries, M keys, H heads, dk and dv channels, J = dk/2 blocks.
 
     phi(x) = ReLU(mirror(x))^power
@@ -66,15 +68,11 @@ def kv_state(
     Returns:
         S (B, H, dk, dv) and s (B, H, dk), means over the tokens, and the token count (B,).
     """
-    phi_k = feature_map(k, mirror, power)
+    if mask is not None:  # before the map: a masked key may be inf or nan, and 0 · inf would poison the state
+        k, v = (x.masked_fill(~mask[:, :, None, None], 0.0) for x in (k, v))
+    phi_k = feature_map(k, mirror, power)  # phi(0) = 0
     v = v.to(phi_k.dtype)
-    if mask is None:
-        count = phi_k.new_full((k.shape[0],), float(k.shape[1]))
-    else:
-        phi_k = phi_k * mask[:, :, None, None].to(phi_k.dtype)
-        # A masked value may be inf or nan: 0 · inf would poison the state.
-        v = v.masked_fill(~mask[:, :, None, None], 0.0)
-        count = mask.sum(1).to(phi_k.dtype)
+    count = phi_k.new_full((k.shape[0],), float(k.shape[1])) if mask is None else mask.sum(1).to(phi_k.dtype)
     scale = count.clamp(min=1.0).reciprocal()
     key_mean = phi_k.sum(1) * scale[:, None, None]
     roped = phi_k if rope is None else rotate(phi_k, *rope)
@@ -141,12 +139,13 @@ def mirror_linear_attention(
     Returns:
         (B, N, H, dv) in q's dtype.
     """
-    with _without_autocast(q.device.type):  # fp32 sums: see the head of the file
+    with without_autocast(q.device.type):  # fp32 sums: see the head of the file
         state, key_mean, _ = kv_state(k, v, mirror=mirror, rope=k_rope, mask=mask, power=power)
         return apply_state(q, state, key_mean, mirror=mirror, rope=q_rope, power=power, eps=eps)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which autocast leaves fp32 sums alone."""
     if not torch.amp.is_autocast_available(device_type):  # the meta device, for one
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
