@@ -121,15 +121,17 @@ def parse_objects(data: bytes, num_classes: int, where: str) -> Objects:
             label that is no class, a mask of another size; naming the object.
     """
     if len(data) > MAX_ANNOTATION_BYTES:
-        raise CorruptSampleError(f"{where}.json: {len(data)} bytes; the limit is {MAX_ANNOTATION_BYTES}")
+        raise CorruptSampleError(f"{where}.json: {len(data)} bytes; the limit is {MAX_ANNOTATION_BYTES}", "over_limit")
     try:
         objects = _objects(json.loads(data))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise CorruptSampleError(f"{where}.json: no detection annotation ({type(error).__name__}: {error})") from None
+        raise CorruptSampleError(
+            f"{where}.json: no detection annotation ({type(error).__name__}: {error})", "label"
+        ) from None
     try:
         _check_objects(objects, num_classes)
     except ValueError as error:
-        raise CorruptSampleError(f"{where}.json: {error}") from None
+        raise CorruptSampleError(f"{where}.json: {error}", "label") from None
     return objects
 
 
@@ -218,15 +220,19 @@ def parse_class_map(data: bytes, num_classes: int, size: tuple[int, int], where:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.size != size:
-                raise CorruptSampleError(f"{where}.seg.png: size {image.size} instead of the image's {size}")
+                raise CorruptSampleError(f"{where}.seg.png: size {image.size} instead of the image's {size}", "label")
             if image.mode not in ("L", "P"):
-                raise CorruptSampleError(f"{where}.seg.png: mode {image.mode}; a class map has one 8-bit channel")
+                raise CorruptSampleError(
+                    f"{where}.seg.png: mode {image.mode}; a class map has one 8-bit channel", "label"
+                )
             class_map = np.array(image)
     except CorruptSampleError:
         raise
     except Exception as error:  # Pillow raises almost anything on damaged bytes
-        raise CorruptSampleError(f"{where}.seg.png: no readable PNG ({type(error).__name__})") from None
+        raise CorruptSampleError(f"{where}.seg.png: no readable PNG ({type(error).__name__})", "undecodable") from None
     present = np.flatnonzero(np.bincount(class_map.ravel(), minlength=256))
     if wrong := [int(value) for value in present if value >= num_classes and value != IGNORE]:
-        raise CorruptSampleError(f"{where}.seg.png: class id {wrong[0]} is not below the {num_classes} classes")
+        raise CorruptSampleError(
+            f"{where}.seg.png: class id {wrong[0]} is not below the {num_classes} classes", "label"
+        )
     return class_map

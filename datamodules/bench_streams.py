@@ -18,15 +18,16 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
 from datamodules.collate import collate_classification
-from datamodules.dataset import ClassificationDataset
+from datamodules.dataset import SampleDataset
 from datamodules.decode import IMAGE_EXTENSIONS, decode_image
 from datamodules.index import ShardIndex
 from datamodules.loader import TrainLoader, WorkerConfig
 from datamodules.order import OrderSpec
 from datamodules.reader import ShardReader, read_at
 from datamodules.sampler import TrainBatchSampler
+from datamodules.tasks import CLASSIFICATION
 from datamodules.transforms import TrainTransform, seeded, train_pipeline
-from datamodules.types import BatchRequest, ClassificationSample
+from datamodules.types import BatchRequest, LoadedSample
 from datamodules.worker import worker_context
 
 Stage = Literal["read", "crc", "decode", "augment", "collate"]
@@ -69,7 +70,8 @@ def our_batches(index: ShardIndex, stage: Stage, workers: int, batch_size: int) 
     if stage != "collate":
         return _endless(StageDataset(index, stage), workers, collate_fn=len, batch_sampler=sampler)
     num_classes = int(index.labels().max(initial=0)) + 1
-    loader = TrainLoader(ClassificationDataset(index, TrainTransform(), num_classes), sampler, WorkerConfig(workers))
+    dataset = SampleDataset(ShardReader(index), CLASSIFICATION, TrainTransform(), num_classes)
+    loader = TrainLoader(dataset, sampler, WorkerConfig(workers))
     return (len(batch["id"]) for _ in itertools.count() for batch in loader)
 
 
@@ -121,14 +123,14 @@ def webdataset_batches(index: ShardIndex, stage: Stage, workers: int, batch_size
     return _endless(dataset, workers, batch_size=None)
 
 
-def _webdataset_sample(stage: Stage, pipeline: TrainPipeline, fields: dict[str, Any]) -> ClassificationSample | int:
+def _webdataset_sample(stage: Stage, pipeline: TrainPipeline, fields: dict[str, Any]) -> LoadedSample | int:
     extension = next(name for name in fields if name in IMAGE_EXTENSIONS)
     if stage == "read":
         return 0  # None would drop the sample
     image = decode_image(fields[extension], fields["__key__"])
     if stage == "decode":
         return 0
-    return ClassificationSample(pipeline(image), int(fields["cls"]), 1.0, 0)
+    return LoadedSample(pipeline(image), int(fields["cls"]), 1.0, 0)
 
 
 def file_batches(folder: Path, stage: Stage, workers: int, batch_size: int) -> Iterator[int]:

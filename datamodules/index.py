@@ -35,7 +35,9 @@ FIELD = np.dtype(
 )
 EXTENSION = np.dtype([("name", "<u8"), ("name_length", "<u8")])
 NO_VALUE = -1
-"""`value` of a field that holds no class label."""
+"""`value` of a field that says nothing by itself; that of a `cls` field is its label, of a `json` field see SQUARE."""
+SQUARE = 1024
+"""`value` of the `json` field of a square image in a detection split: width / height in units of 1 / SQUARE."""
 
 _MAGIC = b"MLAINDEX"
 _HEADER = struct.Struct("<8sIIQQQQQ32s")  # magic, version, crc32 of the rest of the header, five lengths, digest
@@ -247,9 +249,16 @@ class ShardIndex:
 
     def labels(self) -> NDArray[np.int64]:
         """Class ids (n,) of all samples with a `cls` field, from the index alone."""
-        if "cls" not in self.extensions:
+        return self._values("cls")
+
+    def aspects(self) -> NDArray[np.int64]:
+        """Width / height (n,) of all samples with a `json` field, in units of 1 / SQUARE; NO_VALUE if not known."""
+        return self._values("json")
+
+    def _values(self, extension: str) -> NDArray[np.int64]:
+        if extension not in self.extensions:
             return np.empty(0, dtype=np.int64)
-        rows = self.fields["extension"] == self.extensions.index("cls")
+        rows = self.fields["extension"] == self.extensions.index(extension)
         return self.fields["value"][rows].astype(np.int64)
 
     def recompute_digest(self) -> str:

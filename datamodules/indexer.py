@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -11,7 +12,7 @@ import numpy as np
 
 from datamodules import tar
 from datamodules.decode import IMAGE_EXTENSIONS, parse_label
-from datamodules.index import FIELD, INDEX_NAME, NO_VALUE, ShardIndex, ShardRows, encode_index
+from datamodules.index import FIELD, INDEX_NAME, NO_VALUE, SQUARE, ShardIndex, ShardRows, encode_index
 from datamodules.manifest import SPLITS, DatasetInfo, SplitInfo, read_dataset, write_atomically
 from datamodules.types import DataError
 
@@ -60,16 +61,26 @@ def index_shard(path: Path, task: str = "classification") -> ShardRows:
         _check_fields(path, key, fields, task)
         keys.append(key)
         counts.append(len(fields))
-        rows += [_row(path, one, extensions.setdefault(one.extension, len(extensions))) for one in fields]
+        rows += [_row(path, one, extensions.setdefault(one.extension, len(extensions)), task) for one in fields]
     arrays = np.array(counts, dtype=np.int64), np.array(rows, dtype=FIELD)
     return ShardRows(path.name, path.stat().st_size, keys, *arrays, list(extensions))
 
 
-def _row(path: Path, one: _Field, extension: int) -> tuple[int, int, int, int, int, int]:
-    """A FIELD row; a class label's value is kept in it, so that statistics need not read the tars."""
-    member = one.member
-    value = parse_label(member.head, member.size, _where(path, one)) if one.extension == "cls" else NO_VALUE
+def _row(path: Path, one: _Field, extension: int, task: str) -> tuple[int, int, int, int, int, int]:
+    """A FIELD row; it keeps a label or an image's shape, so that statistics and grouping need not read the tars."""
+    member, value = one.member, NO_VALUE
+    if one.extension == "cls":
+        value = parse_label(member.head, member.size, _where(path, one))
+    elif one.extension == "json" and task == "detection":
+        value = _aspect(member.head)
     return member.offset, member.size, member.crc32, value, extension, 0
+
+
+def _aspect(head: bytes) -> int:
+    """Width / height by the beginning of a detection sample's json, see SQUARE; NO_VALUE if it does not say."""
+    found = [re.search(rb'"%s":\s*([0-9]{1,9})[,}\s]' % name, head) for name in (b"width", b"height")]
+    width, height = (int(match[1]) if match else 0 for match in found)
+    return round(SQUARE * width / height) if 0 < width < height * 2**20 else NO_VALUE
 
 
 def _where(path: Path, one: _Field) -> str:

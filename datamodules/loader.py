@@ -12,9 +12,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from datamodules.collate import collate_or_fault
-from datamodules.dataset import ClassificationDataset, JoinedDataset
+from datamodules.dataset import JoinedDataset, SampleDataset
+from datamodules.order import check_at_least
 from datamodules.sampler import EvalBatchSampler, TrainBatchSampler
-from datamodules.types import PADDING_ID, ClassificationBatch, DataError, Fault, LoadedBatch
+from datamodules.types import PADDING_ID, Batch, DataError, Fault, LoadedBatch
 from datamodules.worker import Board, StartMethod, dump_stacks, start_worker, worker_context
 
 OnFaults = Callable[[Sequence[Fault]], None]
@@ -45,6 +46,11 @@ class WorkerConfig:
     memory_gib: float | None = None
     rank: int = 0
 
+    def check(self) -> None:
+        """Raise DataError for a value that cannot work."""
+        check_at_least(0, num_workers=self.num_workers, timeout_s=self.timeout_s)
+        check_at_least(0, worker_memory_gib=self.memory_gib or 0)
+
 
 class _Loader:
     """A DataLoader behind the three names that Lightning asks of a loader of its own kind.
@@ -54,7 +60,7 @@ class _Loader:
 
     def __init__(
         self,
-        dataset: ClassificationDataset | JoinedDataset,
+        dataset: SampleDataset | JoinedDataset,
         sampler: TrainBatchSampler | EvalBatchSampler,
         config: WorkerConfig,
         on_faults: OnFaults,
@@ -68,7 +74,7 @@ class _Loader:
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # a request stands for a list of indices
-            collate_fn=collate_or_fault,
+            collate_fn=partial(collate_or_fault, dataset.task.collate),
             num_workers=workers,
             pin_memory=config.pin_memory,
             timeout=_poll_s(config) if workers else 0,
@@ -95,7 +101,7 @@ class _Loader:
             iterator._shutdown_workers()
         self._iterator = None
 
-    def _take(self, stream: Iterator[LoadedBatch | DataError]) -> ClassificationBatch:
+    def _take(self, stream: Iterator[LoadedBatch | DataError]) -> Batch:
         """The next batch, once its faults are reported.
 
         Raises:
@@ -181,7 +187,7 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        dataset: ClassificationDataset | JoinedDataset,
+        dataset: SampleDataset | JoinedDataset,
         sampler: TrainBatchSampler,
         config: WorkerConfig,
         position: Callable[[], int | None] = lambda: None,
@@ -196,7 +202,7 @@ class TrainLoader(_Loader):
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def __iter__(self) -> Iterator[ClassificationBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         stream = self._seek()  # with the first batch asked for, not with the call: Lightning makes iterators in vain
         for _ in range(len(self)):
             batch = self._take(stream)
@@ -241,7 +247,7 @@ class EvalLoader(_Loader):
 
     def __init__(
         self,
-        dataset: ClassificationDataset | JoinedDataset,
+        dataset: SampleDataset | JoinedDataset,
         sampler: EvalBatchSampler,
         config: WorkerConfig,
         on_faults: OnFaults = ignore_faults,
@@ -252,7 +258,7 @@ class EvalLoader(_Loader):
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def __iter__(self) -> Iterator[ClassificationBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         stream = iter(self._loader)
         for _ in range(len(self)):
             yield self._take(stream)

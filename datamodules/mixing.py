@@ -110,6 +110,21 @@ def mixture_spec(
     )
 
 
+def training_order(
+    seed: int,
+    counts: Sequence[tuple[int, ...]],
+    weights: Sequence[float] | None,
+    batch_size: int,
+    lanes: int,
+    window: int,
+    repeats: int,
+) -> OrderSpec | MixtureSpec:
+    """The order of one dataset, whose weights are None, or of a mixture; see OrderSpec and mixture_spec."""
+    if weights is None:
+        return OrderSpec(seed, counts[0], batch_size, lanes, window, repeats)
+    return mixture_spec(seed, counts, weights, batch_size, lanes, window, repeats)
+
+
 def augmentation_seeds(spec: OrderSpec | MixtureSpec) -> list[int]:
     """A seed for every source, so that samples of two datasets with the same id are augmented differently."""
     return [source.seed for source in spec.sources] if isinstance(spec, MixtureSpec) else [spec.seed]

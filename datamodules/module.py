@@ -1,42 +1,19 @@
-"""The LightningDataModule: opens a packed dataset, gives every rank its share, and resumes at the committed batch."""
+"""The data module of image classification."""
 
 from __future__ import annotations
 
-import logging
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-
-from datamodules.collate import collate_classification
-from datamodules.dataset import ClassificationDataset, JoinedDataset
-from datamodules.loader import EvalLoader, OnFaults, TrainLoader, WorkerConfig, ignore_faults
-from datamodules.mixing import MixtureSpec, augmentation_seeds, mixture_spec
-from datamodules.opening import MixtureSource, OpenedData
-from datamodules.order import ORDER_VERSION, OrderSpec, check_at_least, check_world, probe_ids
-from datamodules.pack import pack
-from datamodules.prefetch import Prefetcher, start_prefetch
-from datamodules.quarantine import Quarantine, skip_budget
-from datamodules.resume import GuardField, Progress
-from datamodules.sampler import EvalBatchSampler, TrainBatchSampler
-from datamodules.sources import source_classes
-from datamodules.transforms import EvalTransform, TrainTransform, denormalise, eval_pipeline, train_pipeline
-from datamodules.types import ClassificationBatch, FaultKind
-from datamodules.worker import StartMethod, available_cores
-
-SourceOption = Literal["digits"]
-OnError = Literal["raise", "skip"]
+from datamodules.base_module import PackedDataModule
+from datamodules.opening import MixtureSource
+from datamodules.tasks import CLASSIFICATION
+from datamodules.transforms import EvalTransform, TrainTransform
 
 IMAGENET_TRAIN = TrainTransform()
 IMAGENET_EVAL = EvalTransform()
 
-_log = logging.getLogger("mirrorla")
 
-
-class ClassificationDataModule(LightningDataModule):
+class ClassificationDataModule(PackedDataModule):
     """Image classification from a folder of indexed shards.
 
     The order of samples depends on seed, lanes, window, batch_size, repeats and the dataset, not on the number of ranks
@@ -44,256 +21,21 @@ class ClassificationDataModule(LightningDataModule):
 
     Args:
         path: folder or URL of dataset.json and train/, val/ and perhaps test/ shards; or a list of {path, weight} to
-            mix: every batch then holds each dataset's share by weight, in whole samples. Evaluation takes all.
+            mix: every batch then holds each dataset's share by weight, in whole samples. Evaluation takes all. Predict
+            also takes a plain folder of images.
         batch_size: samples in one forward pass over all ranks together.
-        eval_batch_size: the same for evaluation, at most; batch_size if null.
-        num_workers: loading processes per rank, at most its cores; 0 loads in the training process.
-        seed: of order and augmentation.
-        lanes: parts of the data that every batch draws from alike; must divide batch_size / repeats.
-        window: samples of a lane that are shuffled together; more mixes better and opens more shards.
-        repeats: copies of each sample in a batch, differently augmented; epochs keep their number of batches.
         train_transform: training augmentation.
         eval_transform: evaluation transform.
-        sources: "digits" packs the embedded handwritten digits into path if that does not exist.
-        worker_start: how workers start; forkserver is safe beside threads and GPUs.
-        timeout_s: seconds to wait for a worker's batch before the run stops and names the sample it hangs at.
-        worker_memory_gib: memory a worker may take beyond what it starts with; one that needs more stops the run,
-            naming the sample. Null: no limit.
-        on_error: what to do with a sample whose bytes are damaged, that does not decode, breaks a limit or has a wrong
-            label: "raise" stops the run; "skip" gives it weight 0 and lists it in quarantine.jsonl.
-        max_skipped: different samples that may be skipped before the run stops: a number, or below 1 a share of the
-            training samples.
-        quarantine_dir: folder of quarantine.jsonl, shared by all ranks; the run directory if null.
-        allow_changed: what may differ from a resumed checkpoint's run. The stream then goes on at the same number of
-            batches in the new order: samples of the epoch under way come twice or not at all, later ones are exact.
-        cache_dir: local folder for the shards of a URL, shared by all runs on a node; null: in the temporary folder.
-        cache_gib: the most that they take there; shards unused for longest make room.
-
-    Raises:
-        DataError: from setup on, in one line with the mend, for a dataset or a setting that cannot work.
+        options: see PackedDataModule.
     """
 
     def __init__(
         self,
         path: str | list[MixtureSource],
         batch_size: int = 256,
-        eval_batch_size: int | None = None,
-        num_workers: int = 4,
-        seed: int = 0,
-        lanes: int = 8,
-        window: int = 8000,
-        repeats: int = 1,
+        *,
         train_transform: TrainTransform = IMAGENET_TRAIN,
         eval_transform: EvalTransform = IMAGENET_EVAL,
-        sources: SourceOption | None = None,
-        worker_start: StartMethod = "forkserver",
-        timeout_s: float = 600.0,
-        worker_memory_gib: float | None = None,
-        on_error: OnError = "raise",
-        max_skipped: float = 0.001,
-        quarantine_dir: str | None = None,
-        allow_changed: list[GuardField] | None = None,
-        cache_dir: str | None = None,
-        cache_gib: float = 50.0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self._data = OpenedData(path, cache_dir, cache_gib)
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.lanes = lanes
-        self.window = window
-        self.repeats = repeats
-        self.train_transform = train_transform
-        self.eval_transform = eval_transform
-        self.sources = sources
-        self.worker_start: StartMethod = worker_start
-        self.timeout_s = timeout_s
-        self.worker_memory_gib = worker_memory_gib
-        self.on_error = on_error
-        self.max_skipped = max_skipped
-        self.quarantine_dir = quarantine_dir
-        self.allow_changed = allow_changed or []
-        self._quarantine: Quarantine | None = None
-        self._progress = Progress()
-        self._loaders: list[TrainLoader | EvalLoader | Prefetcher] = []
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names by class id; known before prepare_data, so that a model can be built for them."""
-        known = source_classes(self.sources) if self.sources and not self._data.is_there else None
-        return self._data.class_names if known is None else known
-
-    @property
-    def opened(self) -> OpenedData:
-        """What `path` names."""
-        return self._data
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
-
-    @property
-    def dataset_digest(self) -> str:
-        """SHA-256 that two datasets share only if their shards and classes are the same."""
-        return self._data.digest
-
-    @property
-    def order(self) -> OrderSpec | MixtureSpec:
-        """What the training order depends on."""
-        counts = [index.counts for index in self._data.split("train")]
-        if not self._data.is_mixture:
-            return OrderSpec(self.seed, counts[0], self.batch_size, self.lanes, self.window, self.repeats)
-        weights = [source.weight for source in self._data.sources]
-        return mixture_spec(self.seed, counts, weights, self.batch_size, self.lanes, self.window, self.repeats)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Global batches of a training epoch."""
-        return self.order.batches_per_epoch
-
-    def prepare_data(self) -> None:
-        """Pack the embedded source if asked to and not yet there; runs on one rank of every node."""
-        if self.sources is not None and not self._data.is_there:
-            pack(self.sources, str(self._data.folder))
-
-    def setup(self, stage: str) -> None:
-        """Check the settings and open the splits of a stage: "fit", "validate", "test" or "predict"."""
-        self._check_settings()
-        for split in self._splits(stage):
-            self._data.split(split)
-        if stage == "fit":
-            check_world(self.order.batch_size, self._place()[1])
-
-    def train_dataloader(self) -> TrainLoader:
-        """The training stream of this rank; its length is the number of global batches of an epoch."""
-        self._hand_over()
-        dataset = self._dataset("train", self.train_transform)
-        sampler = TrainBatchSampler(self.order, *self._place(), self._progress.committed(self.trainer))
-        loader = TrainLoader(dataset, sampler, self._workers(), self._position, self._on_faults("train"))
-        committed, ranks = partial(self._progress.committed, self.trainer), getattr(self.trainer, "num_devices", 1)
-        self._loaders += [loader, *start_prefetch(self._data.split("train"), sampler, committed, ranks)]
-        return loader
-
-    def val_dataloader(self) -> EvalLoader:
-        """Every validation sample once over all ranks."""
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> EvalLoader:
-        """Every sample of the test split once over all ranks; of the validation split if there is no test split."""
-        return self._eval_loader(self._test_split())
-
-    def predict_dataloader(self) -> EvalLoader:
-        """The same samples as test_dataloader."""
-        return self._eval_loader(self._test_split())
-
-    def teardown(self, stage: str) -> None:
-        """Stop all workers."""
-        while self._loaders:
-            self._loaders.pop().close()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Stop all workers; Lightning skips teardown then."""
-        self.teardown("exception")
-
-    def probe_batch(self, count: int = 64) -> ClassificationBatch:
-        """The same few validation samples on every rank and at every call, spread evenly over the split.
-
-        Args:
-            count: samples wanted; fewer if the split has fewer.
-        """
-        dataset = self._dataset("val", self.eval_transform)
-        return collate_classification([dataset[sample] for sample in probe_ids(len(dataset), count).tolist()])
-
-    def denormalise(self, images: Tensor) -> Tensor:
-        """Turn batch images (B, 3, H, W) back into pictures in [0, 1]."""
-        return denormalise(images, self.eval_transform.mean, self.eval_transform.std)
-
-    def skipped_counts(self) -> dict[FaultKind, int]:
-        """Different samples skipped so far in this run by kind; empty where bad samples are errors."""
-        return {} if self._quarantine is None else self._quarantine.counts()
-
-    def source_counts(self) -> dict[str, int]:
-        """Training samples that each dataset of a mixture has given since step 0; empty without a mixture."""
-        order = self.order
-        if isinstance(order, OrderSpec):
-            return {}
-        return dict(zip(self._data.names, order.samples_given(self._progress.committed(self.trainer)), strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Global batches the trainer has trained on since step 0, and what the order depends on."""
-        return {"committed": self._progress.committed(self.trainer), "guard": self._guard()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember a checkpoint's position; it is checked when training data is asked for."""
-        self._progress.restored = dict(state_dict)
-
-    def _check_settings(self) -> None:
-        """Find out now what would otherwise fail in a worker, minutes later."""
-        check_at_least(1, eval_batch_size=self.eval_batch_size)
-        check_at_least(0, num_workers=self.num_workers, timeout_s=self.timeout_s, max_skipped=self.max_skipped)
-        check_at_least(0, worker_memory_gib=self.worker_memory_gib or 0)
-        train_pipeline(self.train_transform)
-        eval_pipeline(self.eval_transform)
-
-    def _guard(self) -> dict[str, int | str]:
-        settings = {name: getattr(self, name) for name in ("seed", "lanes", "window", "batch_size", "repeats")}
-        return {**settings, "order_version": ORDER_VERSION, "dataset_digest": self.dataset_digest}
-
-    def _hand_over(self) -> None:
-        """Refuse a checkpoint of another order, whose position would mean other samples; then let the trainer count."""
-        changed = self._progress.hand_over(self.trainer, self._guard(), self.allow_changed, self.batches_per_epoch)
-        if changed:
-            names = ", ".join(f"data.{name}" for name in changed)
-            _log.warning("%s changed, as allowed: samples of the epoch under way come twice or not at all", names)
-
-    def _position(self) -> int | None:
-        return self._progress.position(self.trainer)
-
-    def _splits(self, stage: str) -> list[str]:
-        if stage == "fit":
-            return ["train", *(split for split in ("val",) if split in self._data.splits)]
-        return ["val"] if stage == "validate" else [self._test_split()]
-
-    def _test_split(self) -> str:
-        return "test" if "test" in self._data.splits else "val"
-
-    def _dataset(self, split: str, transform: TrainTransform | EvalTransform) -> ClassificationDataset | JoinedDataset:
-        skips, indexes = self.on_error == "skip", self._data.split(split)
-        seeds = augmentation_seeds(self.order) if split == "train" else [0] * len(indexes)
-        classes, pairs = self.num_classes, zip(indexes, seeds, strict=True)
-        parts = [ClassificationDataset(index, transform, classes, seed, skips) for index, seed in pairs]
-        return parts[0] if len(parts) == 1 else JoinedDataset(parts)
-
-    def _eval_loader(self, split: str) -> EvalLoader:
-        dataset = self._dataset(split, self.eval_transform)
-        sampler = EvalBatchSampler(len(dataset), self.eval_batch_size, *self._place())
-        loader = EvalLoader(dataset, sampler, self._workers(), self._on_faults(split))
-        self._loaders.append(loader)
-        return loader
-
-    def _on_faults(self, split: str) -> OnFaults:
-        if self.on_error == "raise":
-            return ignore_faults  # never called: an error came instead
-        if self._quarantine is None:
-            root = "." if self.trainer is None else self.trainer.default_root_dir
-            budget = skip_budget(self.max_skipped, self._data.num_samples("train"))
-            self._quarantine = Quarantine(Path(self.quarantine_dir or root), budget)
-        return partial(self._quarantine.add, split)
-
-    def _workers(self) -> WorkerConfig:
-        on_gpu = torch.cuda.is_available() and (not self.trainer or self.trainer.strategy.root_device.type == "cuda")
-        return WorkerConfig(
-            min(self.num_workers, available_cores()),
-            timeout_s=self.timeout_s,
-            start=self.worker_start,
-            pin_memory=on_gpu,
-            memory_gib=self.worker_memory_gib,
-            rank=self._place()[0],
-        )
-
-    def _place(self) -> tuple[int, int]:
-        """This process's rank, and the number of ranks."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        super().__init__(CLASSIFICATION, path, train_transform, eval_transform, batch_size=batch_size, **options)

@@ -42,6 +42,7 @@ class Role(IntEnum):
     PACKING = 6
     MIXTURE = 7
     SCENE = 8
+    GROUPING = 9
 
 
 def mix64(value: int) -> int:

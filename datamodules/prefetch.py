@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from datamodules.grouping import GroupedStream
 from datamodules.index import ShardIndex
 from datamodules.mixing import OrderStream
 from datamodules.sampler import TrainBatchSampler
@@ -67,12 +68,11 @@ def start_prefetch(
     limits = [index.cache.limit for index in indexes if index.cache is not None]
     if not limits:
         return []
-    stream = OrderStream(sampler.spec)
-    ids_of = partial(_ids, stream, sampler.slots)
+    ids_of = partial(_ids, sampler.stream(), sampler.slots)
     return [Prefetcher(indexes, ids_of, position, min(limits) // (2 * max(ranks, 1)))]
 
 
-def _ids(stream: OrderStream, slots: tuple[int, int], position: int) -> Ids:
+def _ids(stream: OrderStream | GroupedStream, slots: tuple[int, int], position: int) -> Ids:
     return stream.batch(position, *slots)[0]
 
 

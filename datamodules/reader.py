@@ -40,6 +40,8 @@ class ShardReader:
         index: the split's index.
     """
 
+    is_labelled = True
+
     def __init__(self, index: ShardIndex) -> None:
         self._open: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor
         self.index = index
@@ -56,6 +58,17 @@ class ShardReader:
         """Close all files; the reader opens them again when needed."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def name(self, sample: int) -> str:
+        """A sample's key."""
+        return self.index.locate(sample).key
+
+    def where(self, sample: int) -> str:
+        """Shard and key of a sample, for messages."""
+        return self._where(self.index.locate(sample))
 
     def read(self, sample: int, extensions: Collection[str]) -> RawSample:
         """Read those of `extensions` that a sample has.

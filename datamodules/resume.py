@@ -9,12 +9,15 @@ batches), but epochs, and so validation and epoch-wise schedules, would shift.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 from datamodules.types import DataError
 
-GuardField = Literal["seed", "lanes", "window", "batch_size", "repeats", "dataset_digest"]
+_log = logging.getLogger("mirrorla")
+
+GuardField = Literal["seed", "lanes", "window", "batch_size", "repeats", "group_batches", "dataset_digest"]
 """What a checkpoint's position depends on and a user may change on purpose; the order's version is not among them."""
 
 
@@ -67,8 +70,8 @@ class Progress:
 
     def hand_over(
         self, trainer: Any, guard: Mapping[str, int | str], allowed: Collection[GuardField], num_batches: int
-    ) -> list[str]:
-        """Check a restored position; from here on the trainer counts, and must start from it.
+    ) -> None:
+        """Refuse a checkpoint of another order, whose position would mean other samples; then let the trainer count.
 
         Args:
             trainer: Lightning's; None leaves the count with the checkpoint.
@@ -76,17 +79,16 @@ class Progress:
             allowed: see changed_fields.
             num_batches: of an epoch.
 
-        Returns:
-            The guard's fields that differ, as allowed.
-
         Raises:
             DataError: a checkpoint of another order, or one that was altered.
         """
         if self.restored is None:
-            return []
-        changed = changed_fields(self.restored["guard"], guard, allowed)
+            return
+        if changed := changed_fields(self.restored["guard"], guard, allowed):
+            names = ", ".join(f"data.{name}" for name in changed)
+            _log.warning("%s changed, as allowed: samples of the epoch under way come twice or not at all", names)
         if trainer is None:
-            return changed
+            return
         if (committed := int(self.restored["committed"])) != self.committed(trainer):
             raise DataError(
                 f"the checkpoint's data position is batch {committed}, its training loop's {self.committed(trainer)}; "
@@ -94,7 +96,6 @@ class Progress:
             )
         align_counters(trainer.fit_loop, epoch_batches(num_batches, trainer.limit_train_batches))
         self.restored = None
-        return changed
 
     def committed(self, trainer: Any) -> int:
         """Global batches the trainer has finished since step 0; while it has not trained, what was last loaded."""

@@ -8,6 +8,7 @@ from itertools import count
 import numpy as np
 from torch.utils.data import Sampler
 
+from datamodules.grouping import GroupedStream, Grouping
 from datamodules.mixing import MixtureSpec, OrderStream
 from datamodules.order import OrderSpec, check_world, evaluation_ids, evaluation_steps, rank_slots
 from datamodules.types import PADDING_ID, BatchRequest
@@ -21,14 +22,23 @@ class TrainBatchSampler(Sampler[BatchRequest]):
         rank: this process's number.
         world: number of processes, at most spec.batch_size.
         start: global batches already committed since step 0.
+        grouping: of samples of alike shape; None leaves the order as it is.
 
     Attributes:
         batch_size: samples this rank takes of a global batch.
     """
 
-    def __init__(self, spec: OrderSpec | MixtureSpec, rank: int = 0, world: int = 1, start: int = 0) -> None:
+    def __init__(
+        self,
+        spec: OrderSpec | MixtureSpec,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        grouping: Grouping | None = None,
+    ) -> None:
         check_world(spec.batch_size, world)
         self.spec = spec
+        self.grouping = grouping
         self.start = start
         self.slots = rank_slots(spec.batch_size, rank, world)
         self.batch_size = self.slots[1] - self.slots[0]
@@ -38,8 +48,13 @@ class TrainBatchSampler(Sampler[BatchRequest]):
     def __len__(self) -> int:
         return self.spec.batches_per_epoch
 
-    def __iter__(self) -> Iterator[BatchRequest]:
+    def stream(self) -> OrderStream | GroupedStream:
+        """The order of global batches that this rank takes its slots of."""
         stream = OrderStream(self.spec)
+        return stream if self.grouping is None else GroupedStream(stream, self.grouping)
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        stream = self.stream()
         for position in count(self.start):
             ids, repeats, passes = stream.batch(position, *self.slots)
             yield BatchRequest(ids, repeats, self.weights, passes)

@@ -79,9 +79,8 @@ def digits(options: SourceOptions | None = None) -> Source:
         split: scene_samples(part.images, part.labels, task, options.seed, number, counts[split])
         for number, (split, part) in enumerate(splits.items())
     }
-    names = DIGITS_CLASSES if task == "detection" else ["background", *DIGITS_CLASSES]
     origin = f"scenes composed of {_DIGITS_ORIGIN}"
-    return Source(f"digits-{task}", task, names, scenes, origin, _DIGITS_LICENCE)
+    return Source(f"digits-{task}", task, _digits_classes(task), scenes, origin, _DIGITS_LICENCE)
 
 
 def _digits_splits() -> dict[str, _Digits]:
@@ -160,6 +159,10 @@ def open_source(name: str, options: SourceOptions | None = None) -> Source:
     return opener(options)
 
 
-def source_classes(name: str) -> list[str] | None:
+def source_classes(name: str, task: Task = "classification") -> list[str] | None:
     """Class names that a source is known to have before it is packed, None if only its data tells."""
-    return DIGITS_CLASSES if name == "digits" else None
+    return _digits_classes(task) if name == "digits" else None
+
+
+def _digits_classes(task: Task) -> list[str]:
+    return ["background", *DIGITS_CLASSES] if task == "segmentation" else DIGITS_CLASSES

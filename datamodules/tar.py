@@ -44,7 +44,7 @@ class Member:
         offset: offset of its first byte.
         size: its bytes.
         crc32: of its bytes.
-        head: its first bytes, at most 64 (enough for a class label).
+        head: its first bytes, at most 64: enough for a label, and for the size with which a json begins.
     """
 
     name: str

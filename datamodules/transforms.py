@@ -117,12 +117,12 @@ def train_pipeline(transform: TrainTransform) -> Pipeline:
     elif transform.color_jitter > 0:
         steps.append(v2.ColorJitter(*[transform.color_jitter] * 3))
     erase = RandomErasing(transform.random_erasing, mode="pixel", device="cpu")
-    mean, std = _channels(transform.mean), _channels(transform.std)
+    mean, std = channels(transform.mean), channels(transform.std)
 
     def pipeline(image: Image.Image) -> Tensor:
         for step in steps:
             image = step(image)
-        tensor = _normalise(image, mean, std)
+        tensor = normalise(image, mean, std)
         return erase(tensor) if transform.random_erasing > 0 else tensor
 
     return pipeline
@@ -140,18 +140,18 @@ def eval_pipeline(transform: EvalTransform) -> Pipeline:
     Raises:
         DataError: a value out of its range, naming the field.
     """
-    _check("eval_transform.image_size", transform.image_size, 1)
+    check_range("eval_transform.image_size", transform.image_size, 1)
     if transform.resize is not None:
-        _check("eval_transform.resize", transform.resize, transform.image_size)
-    _check_std("eval_transform", transform.std)
+        check_range("eval_transform.resize", transform.resize, transform.image_size)
+    check_std("eval_transform", transform.std)
     interpolation = InterpolationMode(transform.interpolation)
     size = [transform.image_size, transform.image_size]
     resize = v2.Resize(size if transform.resize is None else [transform.resize], interpolation)
     crop = nn.Identity() if transform.resize is None else v2.CenterCrop(size)
-    mean, std = _channels(transform.mean), _channels(transform.std)
+    mean, std = channels(transform.mean), channels(transform.std)
 
     def pipeline(image: Image.Image) -> Tensor:
-        return _normalise(crop(resize(image)), mean, std)
+        return normalise(crop(resize(image)), mean, std)
 
     return pipeline
 
@@ -200,20 +200,20 @@ def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
     return image.point([value & mask for value in range(256)] * len(image.getbands()))
 
 
-def _normalise(image: Image.Image, mean: Tensor, std: Tensor) -> Tensor:
+def normalise(image: Image.Image, mean: Tensor, std: Tensor) -> Tensor:
     """An RGB image (H, W) to a contiguous normalised tensor (3, H, W), float32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # np.array copies: writable
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
 
 
-def _channels(values: tuple[float, float, float]) -> Tensor:
+def channels(values: tuple[float, float, float]) -> Tensor:
+    """Three numbers as a tensor (3, 1, 1), float32."""
     return torch.tensor(values, dtype=torch.float32).reshape(3, 1, 1)
 
 
 def denormalise(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """Undo the normalisation of images (..., 3, H, W); the result lies in [0, 1]."""
-    channels = [_channels(values).to(images) for values in (mean, std)]
-    return (images * channels[1] + channels[0]).clamp(0, 1)
+    return (images * channels(std).to(images) + channels(mean).to(images)).clamp(0, 1)
 
 
 @contextmanager
@@ -247,24 +247,26 @@ def seeded(seed: int, epoch: int, sample: int, repeat: int) -> Iterator[None]:
 
 
 def _check_train(transform: TrainTransform) -> None:
-    _check("train_transform.image_size", transform.image_size, 1)
+    check_range("train_transform.image_size", transform.image_size, 1)
     for name in ("hflip", "random_erasing", "translate"):
-        _check(f"train_transform.{name}", getattr(transform, name), 0, 1)
-    _check("train_transform.degrees", transform.degrees, 0, 180)
-    _check("train_transform.color_jitter", transform.color_jitter, 0)
+        check_range(f"train_transform.{name}", getattr(transform, name), 0, 1)
+    check_range("train_transform.degrees", transform.degrees, 0, 180)
+    check_range("train_transform.color_jitter", transform.color_jitter, 0)
     for name, largest in (("scale", 1.0), ("ratio", 100.0), ("zoom", 100.0)):
         low, high = getattr(transform, name)
         if not 0 < low <= high <= largest:
             raise DataError(f"data.train_transform.{name} is {low} {high}; it must be 0 < min <= max <= {largest:g}")
-    _check_std("train_transform", transform.std)
+    check_std("train_transform", transform.std)
 
 
-def _check(name: str, value: float, low: float, high: float = float("inf")) -> None:
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raise DataError for an option of the data whose value is out of its range."""
     if not low <= value <= high:
         limits = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
         raise DataError(f"data.{name} is {value}; it must be {limits}")
 
 
-def _check_std(name: str, std: tuple[float, float, float]) -> None:
+def check_std(name: str, std: tuple[float, float, float]) -> None:
+    """Raise DataError for a transform whose std would divide by 0."""
     if not all(value > 0 for value in std):
         raise DataError(f"data.{name}.std is {std}; every channel must be above 0")

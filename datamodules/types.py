@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ class CorruptSampleError(DataError):
     Args:
         message: one line.
         kind: "damaged" (its bytes are not those that were indexed), "undecodable", "over_limit" (bytes, pixels or
-            frames) or "label" (no class of the dataset).
+            frames) or "label" (a class, object or class map that does not fit the dataset or the image).
     """
 
     def __init__(self, message: str, kind: FaultKind = "damaged") -> None:
@@ -52,7 +52,7 @@ class ClassificationBatch(TypedDict):
 
     Attributes:
         image: normalised images (b, 3, H, W), float32.
-        label: class ids (b,), int64.
+        label: class ids (b,), int64; -1 where it is not known (a plain folder of images).
         weight: (b,) float32. Training: N * b / B on every sample, N the number of ranks, so that averaging
             `(weight * loss).mean()` over ranks gives the mean over the global batch. Evaluation: 1 for a real sample,
             0 for padding. A skipped bad sample has a zero image and weight 0 in both.
@@ -65,10 +65,77 @@ class ClassificationBatch(TypedDict):
     id: Tensor
 
 
+class DetectionTarget(TypedDict):
+    """The n objects of one image.
+
+    In training: in pixels of the transformed image, without crowds and without objects that it no longer shows. In
+    evaluation: all objects, in pixels of the original image, whatever was done to the image.
+
+    Attributes:
+        boxes: (n, 4) float32, x0 y0 x1 y1 in pixels, x1 and y1 exclusive.
+        labels: (n,) int64, from 1; class_names[label - 1] names them.
+        masks: (n, H, W) bool; absent if the dataset has none or the data module leaves them out.
+        iscrowd: (n,) int64, 1 for a group of objects.
+        area: (n,) float32 in pixels: in evaluation as the dataset gives it, in training of the mask, else of the box.
+        image_id: () int64, the dataset's number of the image; in a plain folder its sample id.
+        size: (2,) int64, height and width of the original image.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    masks: NotRequired[Tensor]
+    iscrowd: Tensor
+    area: Tensor
+    image_id: Tensor
+    size: Tensor
+
+
+class DetectionBatch(TypedDict):
+    """One rank's share of a global batch; images differ in size, so they come as a list.
+
+    Attributes:
+        image: b normalised images (3, h, w), float32.
+        target: b targets.
+        weight: see ClassificationBatch; a skipped or padding sample is a small zero image without objects.
+        id: see ClassificationBatch.
+    """
+
+    image: list[Tensor]
+    target: list[DetectionTarget]
+    weight: Tensor
+    id: Tensor
+
+
+class SegmentationBatch(TypedDict):
+    """One rank's share of a global batch; smaller images and maps are padded on the right and at the bottom.
+
+    In training all are crops of one size, with their maps. In evaluation a map keeps its original size, whatever was
+    done to the image: logits are resized to mask_size before they are compared.
+
+    Attributes:
+        image: normalised images (b, 3, h, w), float32, padded with 0.
+        mask: class ids (b, H, W), int64, 255 = ignore, padded with 255.
+        weight: see ClassificationBatch; a skipped or padding sample is a zero image with a map of 255.
+        id: see ClassificationBatch.
+        size: (b, 2) int64, height and width of each image without padding.
+        mask_size: (b, 2) int64, height and width of each map without padding.
+    """
+
+    image: Tensor
+    mask: Tensor
+    weight: Tensor
+    id: Tensor
+    size: Tensor
+    mask_size: Tensor
+
+
+Batch = ClassificationBatch | DetectionBatch | SegmentationBatch
+
+
 class LoadedBatch(NamedTuple):
     """What a worker sends: a batch, and the samples in it that were skipped."""
 
-    batch: ClassificationBatch
+    batch: Batch
     faults: tuple[Fault, ...]
 
 
@@ -97,11 +164,19 @@ class BatchRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class ClassificationSample:
-    """One decoded and transformed sample: image (3, H, W) float32, its class, weight and id; its fault if skipped."""
+class LoadedSample:
+    """One decoded and transformed sample, ready to be collated.
+
+    Attributes:
+        image: (3, H, W) float32.
+        target: what its task's collation expects: a class id, a DetectionTarget or a class map (H, W) int64.
+        weight: see ClassificationBatch.
+        id: within the split, -1 for padding.
+        fault: why it was skipped.
+    """
 
     image: Tensor
-    label: int
+    target: Any
     weight: float
     id: int
     fault: Fault | None = None

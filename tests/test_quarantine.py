@@ -14,14 +14,16 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.dataset import ClassificationDataset
+from datamodules.dataset import SampleDataset
 from datamodules.indexer import index_dataset
 from datamodules.loader import EvalLoader, TrainLoader, WorkerConfig
 from datamodules.manifest import open_split, read_dataset
 from datamodules.module import ClassificationDataModule
 from datamodules.order import OrderSpec
 from datamodules.quarantine import Quarantine, format_fault, parse_faults, skip_budget
+from datamodules.reader import ShardReader
 from datamodules.sampler import EvalBatchSampler, TrainBatchSampler
+from datamodules.tasks import CLASSIFICATION
 from datamodules.transforms import EvalTransform, TrainTransform
 from datamodules.types import DataError, Fault
 from lightning_modules.callbacks.data_monitor import DataMonitor
@@ -73,7 +75,9 @@ def data(tmp_path_factory):
 
 
 def dataset(data, split="train", transform=TRAIN, classes=2):
-    return ClassificationDataset(open_split(data, read_dataset(data), split), transform, classes, skips=True)
+    return SampleDataset(
+        ShardReader(open_split(data, read_dataset(data), split)), CLASSIFICATION, transform, classes, skips=True
+    )
 
 
 def module(data, **options):

@@ -92,7 +92,7 @@ def test_shards_come_in_the_order_of_their_need_before_any_is_read(tmp_path, fol
         assert time.monotonic() < deadline
         time.sleep(0.01)
     data.teardown("fit")
-    index = data._data.split("train")[0]
+    index = data.opened.split("train")[0]
     order = [int(index.samples[sample]["shard"]) for ids, _ in batches(data) for sample in ids]
     needed = list(dict.fromkeys(order))
     names = [f"/train/{index.shard_names[shard]}" for shard in needed]

@@ -16,12 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.dataset import ClassificationDataset
+from datamodules.dataset import SampleDataset
 from datamodules.loader import EvalLoader, TrainLoader, WorkerConfig
 from datamodules.manifest import open_split, read_dataset
 from datamodules.order import OrderSpec
 from datamodules.pack import pack
+from datamodules.reader import ShardReader
 from datamodules.sampler import EvalBatchSampler, TrainBatchSampler
+from datamodules.tasks import CLASSIFICATION
 from datamodules.transforms import EvalTransform, TrainTransform
 from datamodules.types import CorruptSampleError, DataError
 
@@ -97,7 +99,7 @@ def test_more_ranks_than_slots_are_refused():
 
 
 def test_padding_is_a_black_image_of_weight_zero(digits):
-    dataset = ClassificationDataset(split(digits, "val"), EvalTransform(16, None), 10)
+    dataset = SampleDataset(ShardReader(split(digits, "val")), CLASSIFICATION, EvalTransform(16, None), 10)
     sampler = EvalBatchSampler(len(dataset), 100)
     batches = list(EvalLoader(dataset, sampler, WorkerConfig()))
     assert [batch["image"].shape for batch in batches] == [(90, 3, 16, 16)] * 4
@@ -110,11 +112,15 @@ def test_padding_is_a_black_image_of_weight_zero(digits):
 def test_a_batch_holds_what_the_tars_hold(digits):
     from sklearn.datasets import load_digits
 
-    dataset = ClassificationDataset(split(digits), EvalTransform(8, None, mean=(0, 0, 0), std=(1, 1, 1)), 10)
+    dataset = SampleDataset(
+        ShardReader(split(digits)), CLASSIFICATION, EvalTransform(8, None, mean=(0, 0, 0), std=(1, 1, 1)), 10
+    )
     bunch = load_digits()
-    batch = next(iter(TrainLoader(dataset, TrainBatchSampler(OrderSpec(0, dataset.index.counts, 64)), WorkerConfig())))
+    batch = next(
+        iter(TrainLoader(dataset, TrainBatchSampler(OrderSpec(0, dataset.reader.index.counts, 64)), WorkerConfig()))
+    )
     for i, sample in enumerate(batch["id"].tolist()):
-        original = int(dataset.index.locate(sample).key.removeprefix("digit-"))
+        original = int(dataset.reader.index.locate(sample).key.removeprefix("digit-"))
         assert batch["label"][i] == bunch.target[original]
         expected = np.rint(bunch.images[original] * 255 / 16) / 255
         np.testing.assert_allclose(batch["image"][i], np.broadcast_to(expected, (3, 8, 8)), atol=1e-6)
@@ -127,7 +133,7 @@ def test_a_batch_holds_what_the_tars_hold(digits):
 
 
 def test_a_label_beyond_the_classes_names_its_sample(digits):
-    dataset = ClassificationDataset(split(digits), EvalTransform(8, None), 1)
+    dataset = SampleDataset(ShardReader(split(digits)), CLASSIFICATION, EvalTransform(8, None), 1)
     with pytest.raises(
         CorruptSampleError, match=r"train-0.*tar, sample 'digit-.*': label \d is not below the 1 classes"
     ):
@@ -135,7 +141,7 @@ def test_a_label_beyond_the_classes_names_its_sample(digits):
 
 
 def test_datasets_travel_to_workers_without_their_data(digits):
-    dataset = ClassificationDataset(split(digits), TRAIN, 10, seed=3)
+    dataset = SampleDataset(ShardReader(split(digits)), CLASSIFICATION, TRAIN, 10, seed=3)
     data = pickle.dumps(dataset)
     assert len(data) < 2000
     assert torch.equal(pickle.loads(data).load(5, 2, 1).image, dataset.load(5, 2, 1).image)
@@ -150,8 +156,8 @@ def digest(batches):
 
 
 def first_batches(folder, config, count=6):
-    dataset = ClassificationDataset(split(folder), TRAIN, 10, seed=1)
-    loader = TrainLoader(dataset, TrainBatchSampler(OrderSpec(1, dataset.index.counts, 48)), config)
+    dataset = SampleDataset(ShardReader(split(folder)), CLASSIFICATION, TRAIN, 10, seed=1)
+    loader = TrainLoader(dataset, TrainBatchSampler(OrderSpec(1, dataset.reader.index.counts, 48)), config)
     stream = iter(loader)
     batches = [next(stream) for _ in range(count)]
     loader.close()
@@ -164,8 +170,8 @@ def test_the_number_of_workers_changes_nothing(digits, workers):
 
 
 def test_the_stream_goes_on_through_epochs_and_can_be_moved(digits):
-    dataset = ClassificationDataset(split(digits), EvalTransform(8, None), 10)
-    spec = OrderSpec(1, dataset.index.counts, 480)  # 2 batches an epoch
+    dataset = SampleDataset(ShardReader(split(digits)), CLASSIFICATION, EvalTransform(8, None), 10)
+    spec = OrderSpec(1, dataset.reader.index.counts, 480)  # 2 batches an epoch
     expected = [request.ids.tolist() for request in take(TrainBatchSampler(spec), 8)]
     place = {"position": None}
     loader = TrainLoader(dataset, TrainBatchSampler(spec), WorkerConfig(2), lambda: place["position"])

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.dataset import ClassificationDataset
+from datamodules.dataset import SampleDataset
 from datamodules.index import ShardIndex, encode_index
 from datamodules.indexer import index_dataset, index_shard
 from datamodules.manifest import open_split, read_dataset
 from datamodules.module import ClassificationDataModule
 from datamodules.reader import ShardReader
+from datamodules.tasks import CLASSIFICATION
 from datamodules.transforms import EvalTransform
 from datamodules.types import CorruptSampleError, DataError
 from datamodules.verify import verify_dataset
@@ -167,7 +168,7 @@ def test_pickles_in_a_tar_are_never_executed(tmp_path):
     info = index_dataset(tmp_path)
     index = open_split(tmp_path, info, "train")
     assert set(index.locate(0).fields) == {"png", "cls", *kinds}
-    assert ClassificationDataset(index, EvalTransform(image_size=8, resize=None), 1)[0].label == 0
+    assert SampleDataset(ShardReader(index), CLASSIFICATION, EvalTransform(image_size=8, resize=None), 1)[0].target == 0
     assert list(verify_dataset(tmp_path, info, True, lambda samples: None)) == []
     assert not canary.exists()
     pickle.loads(payload)  # the canary is a live one
@@ -185,7 +186,7 @@ def test_pickles_in_the_place_of_images_and_labels_are_refused(tmp_path, extensi
     with pytest.raises(DataError, match=r"is no class id|not a readable JPEG, PNG or WEBP image"):
         info = index_dataset(tmp_path)
         index = open_split(tmp_path, info, "train")
-        ClassificationDataset(index, EvalTransform(image_size=8, resize=None), 1)[0]
+        SampleDataset(ShardReader(index), CLASSIFICATION, EvalTransform(image_size=8, resize=None), 1)[0]
     assert not canary.exists()
 
 

@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datamodules.dataset import ClassificationDataset
+from datamodules.dataset import SampleDataset
 from datamodules.indexer import index_dataset
 from datamodules.loader import EvalLoader, WorkerConfig
 from datamodules.manifest import open_split, read_dataset
 from datamodules.pack import pack
+from datamodules.reader import ShardReader
 from datamodules.sampler import EvalBatchSampler
+from datamodules.tasks import CLASSIFICATION
 from datamodules.transforms import EvalTransform
 from datamodules.types import DataError
 from datamodules.worker import Board, Task, worker_context
@@ -38,7 +40,7 @@ def digits(tmp_path_factory):
 
 def loader(folder, split="train", transform=None, **options):
     index = open_split(folder, read_dataset(folder), split)
-    dataset = ClassificationDataset(index, transform or EvalTransform(8, None), 10)
+    dataset = SampleDataset(ShardReader(index), CLASSIFICATION, transform or EvalTransform(8, None), 10)
     return EvalLoader(dataset, EvalBatchSampler(64, 32), WorkerConfig(1, **options))
 
 
@@ -111,7 +113,7 @@ def big(tmp_path_factory):
 
 def load_big(folder, start, memory_gib):
     index = open_split(folder, read_dataset(folder), "train")
-    dataset = ClassificationDataset(index, EvalTransform(8, None), 1)
+    dataset = SampleDataset(ShardReader(index), CLASSIFICATION, EvalTransform(8, None), 1)
     made = EvalLoader(dataset, EvalBatchSampler(2, 2), WorkerConfig(1, start=start, memory_gib=memory_gib))
     try:
         return [batch["id"].tolist() for batch in made]

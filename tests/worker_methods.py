@@ -6,11 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-from datamodules.dataset import ClassificationDataset
+from datamodules.dataset import SampleDataset
 from datamodules.loader import TrainLoader, WorkerConfig
 from datamodules.manifest import open_split, read_dataset
 from datamodules.order import OrderSpec
+from datamodules.reader import ShardReader
 from datamodules.sampler import TrainBatchSampler
+from datamodules.tasks import CLASSIFICATION
 from datamodules.transforms import TrainTransform
 
 TRAIN = TrainTransform(16, crop=False, degrees=10, auto_augment=None, color_jitter=0.3, random_erasing=0.5)
@@ -21,7 +23,7 @@ def main(path):
     index = open_split(folder, read_dataset(folder), "train")
     digests, loaders = [], []
     for start in ("fork", "spawn", "forkserver"):
-        dataset = ClassificationDataset(index, TRAIN, 10, seed=1)
+        dataset = SampleDataset(ShardReader(index), CLASSIFICATION, TRAIN, 10, seed=1)
         sampler = TrainBatchSampler(OrderSpec(1, index.counts, 48))
         loaders.append(TrainLoader(dataset, sampler, WorkerConfig(1, start=start)))
         stream, total = iter(loaders[-1]), hashlib.sha256()
