@@ -60,12 +60,22 @@ def arguments_of(annotation: Any) -> Keys | None:
 
 
 def constructor_arguments(cls: type) -> Keys | None:
-    """Arguments of a class's constructor; None when it takes arbitrary keywords."""
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return None
-    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    return {p.name: hints.get(p.name, Any) for p in parameters}
+    """Arguments of a class's constructor, with those of its bases as long as it hands keywords on to them.
+
+    Returns:
+        Names with their types; None when the last of them takes arbitrary keywords.
+    """
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+        hints = typing.get_type_hints(base.__init__)  # type: ignore[misc]
+        named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        found = {**{name: hints.get(name, Any) for name in named}, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return found
+    return None
 
 
 class KeyTree:

@@ -1,7 +1,9 @@
 """What a checkpoint says about the model inside it, in plain types, and whether it fits the model at hand."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar
+
+from lightning_modules.backbone import BackboneConfig
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,8 @@ class ModelCard:
         has_ema: whether averaged weights are inside.
         attention: kind of attention in each stage.
         mirror: options of the mirrors.
+        head: kind and sizes of a dense task's head; empty for a classifier.
+        class_names: by class id (detection: by label - 1), so that pictures without a dataset can be told.
     """
 
     KEY: ClassVar[str] = "mirrorla"
@@ -25,6 +29,22 @@ class ModelCard:
     has_ema: bool
     attention: list[str]
     mirror: dict[str, Any]
+    head: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        backbone: BackboneConfig,
+        num_classes: int,
+        has_ema: bool,
+        class_names: list[str],
+        head: dict[str, Any] | None = None,
+    ) -> "ModelCard":
+        """The card of a module at hand; see the attributes."""
+        layout, mirror = [str(kind) for kind in backbone.attention], asdict(backbone.mirror)
+        return cls(task, backbone.name, num_classes, has_ema, layout, mirror, head or {}, list(class_names))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only: checkpoints load with weights_only=True."""
@@ -43,12 +63,19 @@ class ModelCard:
                 "this checkpoint holds no mirrorla model card, so it was not written by `mirrorla fit`; "
                 "to start from foreign weights use --model.backbone.pretrained FILE"
             )
-        missing = {field.name for field in fields(cls)} - card.keys()
+        needed = {one.name for one in fields(cls) if one.default_factory is MISSING}
+        missing = needed - card.keys()
         if missing:
             raise ValueError(
                 f"this checkpoint's model card lacks {', '.join(sorted(missing))}: it is of another version"
             )
-        return cls(**{field.name: card[field.name] for field in fields(cls)})
+        return cls(**{one.name: card[one.name] for one in fields(cls) if one.name in card})
+
+    def matched(self, checkpoint: dict[str, Any]) -> "ModelCard":
+        """The card inside a checkpoint, if that fits what the configuration builds; see require_match."""
+        found = self.from_checkpoint(checkpoint)
+        self.require_match(found)
+        return found
 
     def require_match(self, found: "ModelCard") -> None:
         """Refuse weights of another model.
@@ -59,18 +86,19 @@ class ModelCard:
         Raises:
             ValueError: naming the first difference, both values and the mend.
         """
-        for field, option in (
+        for name, option in (
             ("task", None),
             ("backbone", "--model.backbone.name"),
             ("num_classes", "--model.num_classes"),
             ("has_ema", "--model.ema_decay"),
             ("attention", "--model.backbone.attention"),
             ("mirror", "--model.backbone.mirror"),
+            ("head", "--model.detector or --model.head"),
         ):
-            inside, wanted = getattr(found, field), getattr(self, field)
+            inside, wanted = getattr(found, name), getattr(self, name)
             if inside != wanted:
                 mend = f"change {option}, or" if option else "use"
                 raise ValueError(
-                    f"the checkpoint's {field} is {inside!r} but the configuration builds {wanted!r}; "
+                    f"the checkpoint's {name} is {inside!r} but the configuration builds {wanted!r}; "
                     f"{mend} give another --ckpt_path or --run_dir"
                 )

@@ -1,8 +1,8 @@
 """Optimiser, parameter groups and learning-rate schedule: what is updated, how strongly, when.
 
-Rules kept here and nowhere else: norms, biases, layer scales and mirrors are not decayed; layer-wise decay multiplies
-the learning rate of a group; the schedule is a pure function of the optimizer step, and its length comes from the plan
-(epochs, batches, accumulation), so asking for it never touches a data loader.
+Rules kept here and nowhere else: norms, biases, layer scales and mirrors are not decayed; layer-wise decay and the
+backbone's factor multiply the learning rate of a group; the schedule is a pure function of the optimizer step, and its
+length comes from the plan (epochs, batches, accumulation), so asking for it never touches a data loader.
 """
 
 import math
@@ -25,12 +25,17 @@ class OptimConfig:
         weight_decay: decoupled decay of matrices and filters; norms, biases and mirrors get none.
         betas: AdamW's two moments.
         eps: AdamW's epsilon.
-        layer_decay: factor of the learning rate from one layer to the one below; 1 = one rate for all.
-        schedule: shape after the warm-up.
+        layer_decay: factor of the learning rate from one layer of the backbone to the one below; 1 = one rate for all.
+        backbone_scale: factor of the backbone's learning rate below a detector or segmenter.
+        schedule: shape after the warm-up; "poly" falls to min_lr with `power` (1 is a straight line), "steps"
+            multiplies by `gamma` at every milestone.
         warmup_steps: linear warm-up in optimizer steps; give this or warmup_epochs.
         warmup_epochs: linear warm-up in epochs, fractions allowed.
         warmup_lr: learning rate of the first warm-up step.
-        min_lr: learning rate at the end of the cosine.
+        min_lr: learning rate at the end of "cosine" and "poly".
+        power: exponent of "poly".
+        milestones: of "steps", in epochs, fractions allowed.
+        gamma: factor of "steps".
         reference_batch: when given, every learning rate is multiplied by samples-per-step / reference_batch.
     """
 
@@ -39,11 +44,15 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     layer_decay: float = 1.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    backbone_scale: float = 1.0
+    schedule: Literal["cosine", "constant", "poly", "steps"] = "cosine"
     warmup_steps: int = 0
     warmup_epochs: float = 0.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
+    power: float = 0.9
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
     reference_batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +76,15 @@ class OptimConfig:
             raise ValueError(f"optim warm-up {min(self.warmup_steps, self.warmup_epochs)} must be 0 or above")
         if self.reference_batch is not None and self.reference_batch < 1:
             raise ValueError(f"optim.reference_batch {self.reference_batch} must be 1 or above, or null")
+        if self.backbone_scale <= 0:
+            raise ValueError(f"optim.backbone_scale {self.backbone_scale} must be above 0; see model.frozen_stages")
+        if self.power <= 0 or self.gamma <= 0:
+            raise ValueError(f"optim.power {self.power} and optim.gamma {self.gamma} must be above 0")
+        if list(self.milestones) != sorted(self.milestones) or bool(self.milestones) != (self.schedule == "steps"):
+            raise ValueError(
+                f'optim.milestones {list(self.milestones)} with optim.schedule {self.schedule!r}: "steps" needs '
+                "ascending epochs, for example [8, 11], and the others none"
+            )
 
 
 @dataclass(frozen=True)
@@ -120,7 +138,9 @@ def warmup_length(config: OptimConfig, steps_per_epoch: int) -> int:
     return config.warmup_steps or round(config.warmup_epochs * steps_per_epoch)
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, config: OptimConfig) -> float:
+def learning_rate(
+    step: int, total_steps: int, warmup_steps: int, config: OptimConfig, steps_per_epoch: int = 1
+) -> float:
     """Learning rate of one optimizer step, before layer decay and batch scaling.
 
     Args:
@@ -128,57 +148,93 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, config: OptimC
         total_steps: optimizer steps of the run; later steps keep the last value.
         warmup_steps: linear steps from warmup_lr to lr.
         config: peak, floor and shape.
+        steps_per_epoch: for milestones.
 
     Returns:
-        warmup_lr at step 0 (with warm-up), lr at step warmup_steps, min_lr at the last step of the cosine.
+        warmup_lr at step 0 (with warm-up), lr at step warmup_steps, min_lr at the last step of "cosine" and "poly".
     """
     if step < warmup_steps:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup_steps
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "steps":
+        return config.lr * config.gamma ** sum(step >= round(m * steps_per_epoch) for m in config.milestones)
     decay_steps = max(1, total_steps - 1 - warmup_steps)
     progress = min(1.0, (step - warmup_steps) / decay_steps)
     floor = min(config.min_lr, config.lr)
-    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    share = (1 - progress) ** config.power if config.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (config.lr - floor) * share
 
 
 def undecayed_names(model: nn.Module) -> set[str]:
-    """Names the model itself asks to leave undecayed (mirrors, tables), beside every tensor of one dimension."""
-    listing: Callable[[], Iterable[str]] | None = getattr(model, "no_weight_decay", None)
-    return set(listing()) if listing is not None else set()
+    """Names that a model or its parts want undecayed (mirrors, tables), beside every tensor of one dimension."""
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        listing: Callable[[], Iterable[str]] | None = getattr(module, "no_weight_decay", None)
+        if listing is not None:
+            names |= {f"{prefix}.{name}" if prefix else name for name in listing()}
+    return names
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Split the trainable parameters by decay and, with layer decay, by depth.
+def parameter_groups(model: nn.Module, config: OptimConfig, backbone: nn.Module | None = None) -> list[dict[str, Any]]:
+    """Split the trainable parameters by decay, by backbone and head, and, with layer decay, by depth.
 
     Args:
-        model: a backbone; `no_weight_decay()` and `group_matcher()` (timm's convention) are used when present.
-        config: decay, layer decay and peak learning rate.
+        model: everything that learns; timm's `no_weight_decay()` and `group_matcher()` are used when present.
+        config: decay, layer decay, the backbone's factor and peak learning rate.
+        backbone: the part below the head; None if the whole model is one.
 
     Returns:
         Groups for AdamW with `params`, `weight_decay`, `lr` (scaled by depth), `lr_scale` and a readable `name`.
+
+    Raises:
+        ValueError: a factor for the backbone of a model that has no other part.
     """
+    if backbone is None:
+        if config.backbone_scale != 1:
+            raise ValueError(
+                f"optim.backbone_scale {config.backbone_scale} is for detectors and segmenters; a classifier has "
+                "optim.layer_decay"
+            )
+        return _named(_split(model, config, config.layer_decay), config, "", 1.0)
+    below = {id(parameter) for parameter in backbone.parameters()}
+    above = _split(model, config, 1.0)
+    for group in above:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in below]
+    groups = _named(_split(backbone, config, config.layer_decay), config, "backbone_", config.backbone_scale)
+    return groups + _named([group for group in above if group["params"]], config, "head_", 1.0)
+
+
+def _split(model: nn.Module, config: OptimConfig, layer_decay: float) -> list[dict[str, Any]]:
     undecayed = undecayed_names(model)
-    if config.layer_decay < 1:
-        groups = param_groups_layer_decay(
-            model, config.weight_decay, no_weight_decay_list=undecayed, layer_decay=config.layer_decay
+    if layer_decay < 1:
+        return list(
+            param_groups_layer_decay(
+                model, config.weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay
+            )
         )
-    else:
-        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=undecayed)
+    return list(param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=undecayed))
+
+
+def _named(groups: list[dict[str, Any]], config: OptimConfig, prefix: str, factor: float) -> list[dict[str, Any]]:
     for group in groups:
-        scale = group.setdefault("lr_scale", 1.0)
-        group["lr"] = config.lr * scale
-        group["name"] = _group_name(scale, group["weight_decay"] > 0)
+        depth = group.setdefault("lr_scale", 1.0)
+        group["name"] = prefix + _group_name(depth, group["weight_decay"] > 0)
+        group["lr_scale"] = depth * factor
+        group["lr"] = config.lr * depth * factor
     return groups
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, plan: Plan) -> tuple[AdamW, LambdaLR]:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, plan: Plan, backbone: nn.Module | None = None
+) -> tuple[AdamW, LambdaLR]:
     """AdamW over the model's groups and the schedule that steps once per optimizer step.
 
     Args:
         model: the trained module.
         config: recipe.
         plan: length of the run.
+        backbone: see parameter_groups.
 
     Returns:
         The optimizer and a LambdaLR; both hold plain numbers only, so their state loads with weights_only=True.
@@ -187,9 +243,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, plan: Plan) -> tuple[
     scale = plan.samples_per_step / config.reference_batch if config.reference_batch else 1.0
 
     def factor(step: int) -> float:
-        return scale * learning_rate(step, plan.total_steps, warmup, config) / config.lr
+        return scale * learning_rate(step, plan.total_steps, warmup, config, plan.steps_per_epoch) / config.lr
 
-    optimizer = AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps)
+    optimizer = AdamW(parameter_groups(model, config, backbone), lr=config.lr, betas=config.betas, eps=config.eps)
     return optimizer, LambdaLR(optimizer, factor)
 
 

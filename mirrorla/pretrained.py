@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
 _WRAPPERS = ("_orig_mod.", "module.", "model.")
-_PARTS = ("ema.module.", "backbone.")  # of a training checkpoint, best first: only the first one present is the network
+# Of a training checkpoint, from the outside in: where one is present, only what lies in it is the network.
+_PARTS = ("ema.module.", "network.", "backbone.", "trunk.", "body.")
 # Parts whose shape follows the task: they may differ or be absent; everything else must fit.
 _TASK_PARTS = ("head.", "norms.", "fc.", "classifier.")
 
@@ -49,16 +52,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors file, or a torch checkpoint of weights, without ever unpickling objects.
 
     Args:
-        path: the file. Of a training checkpoint the averaged weights are taken if it has them, else the model's.
+        path: the file, or the directory of a training checkpoint. Of the latter the averaged weights are taken if it
+            has them, else the model's.
 
     Returns:
-        Names, without the prefixes of wrappers and of this project's training modules, to tensors on the CPU.
+        Names, without the prefixes of wrappers and of this project's training modules, to tensors on the CPU; of a
+        detector or segmenter the backbone's.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, holds pickled objects, or no weights.
     """
     path = Path(path)
+    if path.is_dir():
+        path = _weights_of_checkpoint(path)
     if not path.is_file():
         raise FileNotFoundError(f"pretrained weights {str(path)!r} do not exist: give a .safetensors or .pt file")
     state: object = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
@@ -71,12 +78,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"pretrained weights {str(path)!r} hold no tensors: export them with safetensors")
     tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
     for part in _PARTS:
-        if chosen := {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}:
-            return {_unwrapped(name): tensor for name, tensor in chosen.items()}
+        chosen = {_unwrapped(name.removeprefix(part)): t for name, t in tensors.items() if name.startswith(part)}
+        tensors = chosen or tensors
     return tensors
 
 
-def load_pretrained(model: nn.Module, path: str | Path) -> KeyReport:
+def load_pretrained(
+    model: nn.Module, path: str | Path, own_name: Callable[[str], str] = lambda name: name
+) -> KeyReport:
     """Load weights strictly, except for the parts that belong to the task.
 
     A classifier of another class count, a missing classifier or missing dense norms keep their start; any other
@@ -85,6 +94,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> KeyReport:
     Args:
         model: changed in place.
         path: a .safetensors or torch file of weights.
+        own_name: how the model calls what the file calls so.
 
     Returns:
         What was loaded and what was not; also logged.
@@ -93,7 +103,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> KeyReport:
         FileNotFoundError: no such file.
         ValueError: the weights are of another variant; the first differing tensor is named.
     """
-    weights = read_weights(path)
+    weights = {own_name(name): tensor for name, tensor in read_weights(path).items()}
     own = model.state_dict()
     shared = {name for name in weights if name in own}
     mismatched = sorted(name for name in shared if weights[name].shape != own[name].shape)
@@ -116,6 +126,25 @@ def load_pretrained(model: nn.Module, path: str | Path) -> KeyReport:
     )
     _log.info("%s: %s", path, report)
     return report
+
+
+def _weights_of_checkpoint(folder: Path) -> Path:
+    """The weights of a training checkpoint of this project, compared with the hash in its manifest."""
+    weights = folder / "model.safetensors"
+    try:
+        files = json.loads((folder / "MANIFEST.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"pretrained weights {str(folder)!r} are a directory and no training checkpoint") from error
+    if weights.name not in files:
+        raise ValueError(
+            f"checkpoint {str(folder)!r} is divided among ranks; gather it first: "
+            f"mirrorla checkpoints {folder} --convert OUT.safetensors"
+        )
+    with weights.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != files[weights.name]["sha256"]:
+        raise ValueError(f"checkpoint {str(folder)!r} is damaged: {weights.name} has sha256 {found}; take another one")
+    return weights
 
 
 def _load_torch(path: Path) -> object:

@@ -72,19 +72,35 @@ def create_backbone(
         ValueError: an unknown name, mirror options for a peer, or a checkpoint of another variant.
         FileNotFoundError: no such checkpoint.
     """
+    check_name(name, mirror, attention)
     if name in VARIANTS:
         model = timm.create_model(
             name, num_classes=num_classes, drop_path_rate=drop_path_rate, mirror=mirror, attention=tuple(attention)
         )
-    elif timm.is_model(name):
-        if mirror not in (None, MirrorConfig()) or tuple(attention) != ("mirror",) * 4:
-            raise ValueError(f"backbone {name!r} has no mirrors: leave mirror and attention at their defaults")
-        model = timm.create_model(name, num_classes=num_classes, drop_path_rate=drop_path_rate)
     else:
-        raise ValueError(f"backbone {name!r} is unknown: {_nearest(name)}")
+        model = timm.create_model(name, num_classes=num_classes, drop_path_rate=drop_path_rate)
     if pretrained is not None:
         load_pretrained(model, pretrained)
     return model
+
+
+def check_name(name: str, mirror: MirrorConfig | None, attention: AttentionLayout) -> None:
+    """Refuse a name that nobody knows, and options of mirrors for a network without them.
+
+    Args:
+        name: "mirrorla_tiny" and the like, or a timm model name.
+        mirror: mirrors of a MirrorLA variant.
+        attention: kind of attention in each of the four stages of a MirrorLA variant.
+
+    Raises:
+        ValueError: naming the nearest variant, or the options that must stay at their defaults.
+    """
+    if name in VARIANTS:
+        return
+    if not timm.is_model(name):
+        raise ValueError(f"backbone {name!r} is unknown: {_nearest(name)}")
+    if mirror not in (None, MirrorConfig()) or tuple(attention) != ("mirror",) * 4:
+        raise ValueError(f"backbone {name!r} has no mirrors: leave mirror and attention at their defaults")
 
 
 def _nearest(name: str) -> str:

@@ -8,12 +8,14 @@ from lightning.pytorch import Callback, Trainer
 
 from datamodules.module import ClassificationDataModule
 from datamodules.transforms import EvalTransform, TrainTransform
+from lightning_modules.backbone import BackboneConfig
 from lightning_modules.callbacks.step_seed import StepSeed, step_seed
-from lightning_modules.checkpoint import CommittedCheckpointIO
-from lightning_modules.classification import BackboneConfig, ClassificationModule, accumulation_scale
+from lightning_modules.checkpoint_io import CommittedCheckpointIO
+from lightning_modules.classification import ClassificationModule
 from lightning_modules.mixing import MixConfig
 from lightning_modules.model_card import ModelCard
 from lightning_modules.optim import OptimConfig
+from lightning_modules.training import accumulation_scale
 from mirrorla import MirrorConfig
 
 # The averaged copy stays in evaluation mode on purpose.
@@ -138,10 +140,10 @@ def test_class_count_of_other_data_is_refused(tmp_path, data):
 def test_checkpoint_of_another_model_is_refused(tmp_path, data, options, message):
     fit = trainer(tmp_path)
     fit.fit(module(), datamodule=data)
-    fit.save_checkpoint(tmp_path / "step_00000002.ckpt")
+    fit.save_checkpoint(tmp_path / "step_00000002")
     other = module(**options)
     with pytest.raises(ValueError, match=re.escape(message)):
-        trainer(tmp_path).validate(other, datamodule=data, ckpt_path=tmp_path / "step_00000002.ckpt", verbose=False)
+        trainer(tmp_path).validate(other, datamodule=data, ckpt_path=tmp_path / "step_00000002", verbose=False)
 
 
 def test_checkpoint_without_card_is_refused():

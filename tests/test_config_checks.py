@@ -133,7 +133,7 @@ def test_foreign_classes_inside_lists_are_refused(yaml_file):
     [
         ("lightning_modules.nothing.Module", "there is no module 'lightning_modules.nothing'"),
         (MODULE + "s", f"has no class 'ClassificationModules'; nearest: {MODULE}"),
-        ("lightning_modules.classification.zzz", "has no class 'zzz'; it has BackboneConfig, ClassificationModule"),
+        ("lightning_modules.classification.zzz", "has no class 'zzz'; it has ClassificationModule"),
     ],
     ids=["module", "misspelt", "none"],
 )

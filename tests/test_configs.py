@@ -4,11 +4,12 @@ import pytest
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_modules.callbacks.checkpointing import CheckpointConfig
 from mirrorla.complexity import count_parameters
 from mirrorla.config_files import find_config, packaged_configs
 
-RECIPES = [name for name in packaged_configs() if not name.startswith("trainer/")]
-TRAINERS = [name for name in packaged_configs() if name.startswith("trainer/")]
+RECIPES = [name for name in packaged_configs() if not name.startswith(("trainer/", "deepspeed/", "slurm/"))]
+TRAINERS = [name for name in packaged_configs() if name.startswith(("trainer/", "deepspeed/"))]
 
 
 def load(*names):
@@ -18,6 +19,7 @@ def load(*names):
     parser.add_subclass_arguments(LightningModule, "model")
     parser.add_subclass_arguments(LightningDataModule, "data")
     parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_class_arguments(CheckpointConfig, "checkpoint")
     return parser, parser.parse_args([f"--config={find_config(name)}" for name in names])
 
 
@@ -42,5 +44,5 @@ def test_trainer_config_merges_over_a_recipe(name):
 def test_header_says_what_it_is_and_how_to_run_it(name):
     header = [line for line in find_config(name).read_text().splitlines() if line.startswith("#")]
     assert any("mirrorla fit" in line for line in header)
-    if name.startswith("imagenet/"):
+    if name.startswith(("imagenet/", "coco/", "ade20k/")):
         assert any("not measured" in line for line in header)

@@ -142,3 +142,71 @@ def test_optimizer_state_loads_as_plain_values(pico, tmp_path):
     torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, tmp_path / "state.pt")
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
     assert loaded["optimizer"]["param_groups"][0]["name"] == optimizer.param_groups[0]["name"]
+
+
+class Headed(torch.nn.Module):
+    """A backbone with a head, as a detector has."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.head = backbone, torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_backbone_below_a_head_has_its_own_rate(pico, layer_decay):
+    model, config = Headed(pico), OptimConfig(lr=1e-3, backbone_scale=0.1, layer_decay=layer_decay)
+    groups = parameter_groups(model, config, model.backbone)
+    lr_of = {name: g["lr"] for g in groups for name in names_of(model, g["params"])}
+    assert lr_of.keys() == dict(model.named_parameters()).keys()
+    assert {lr for name, lr in lr_of.items() if name.startswith("head.")} == {1e-3}
+    below = [lr for name, lr in lr_of.items() if name.startswith("backbone.")]
+    assert max(below) == pytest.approx(1e-4) and (min(below) < 1e-5) == (layer_decay < 1)
+    undecayed = set().union(*(names_of(model, g["params"]) for g in groups if g["weight_decay"] == 0))
+    assert {f"backbone.{name}" for name in pico.no_weight_decay()} <= undecayed
+    assert {"head.0.bias", "head.1.weight", "head.1.bias"} <= undecayed and "head.0.weight" not in undecayed
+    assert len({g["name"] for g in groups}) == len(groups)
+
+
+def test_backbone_scale_without_a_head_is_refused(pico):
+    message = "optim.backbone_scale 0.1 is for detectors and segmenters; a classifier has optim.layer_decay"
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(pico, OptimConfig(backbone_scale=0.1))
+
+
+def test_steps_fall_at_their_epochs():
+    config = OptimConfig(lr=1e-2, schedule="steps", milestones=(8, 11), gamma=0.1, warmup_lr=0.0)
+    rates = [learning_rate(step, 120, 5, config, steps_per_epoch=10) for step in (0, 5, 79, 80, 109, 110, 500)]
+    assert rates == pytest.approx([0, 1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4])
+
+
+@pytest.mark.parametrize(("power", "half"), [(1.0, 0.5), (0.9, 0.5**0.9)], ids=["line", "poly"])
+def test_poly_falls_to_its_floor(power, half):
+    config = OptimConfig(lr=1.0, schedule="poly", power=power, min_lr=0.0)
+    assert [learning_rate(step, 101, 0, config) for step in (0, 50, 100)] == pytest.approx([1.0, half, 0.0])
+
+
+def test_optimizer_steps_at_the_milestones_of_its_plan(pico):
+    config = OptimConfig(lr=1e-2, schedule="steps", milestones=(0.5, 1.0))
+    optimizer, scheduler = build_optimizer(pico, config, plan_steps(10, 64, 1, 2, None))
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1e-2] * 5 + [1e-3] * 5 + [1e-4] * 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone_scale": 0.0}, "optim.backbone_scale 0.0 must be above 0"),
+        ({"power": 0.0}, "optim.power 0.0 and optim.gamma 0.1 must be above 0"),
+        ({"schedule": "steps"}, "optim.milestones [] with optim.schedule 'steps'"),
+        ({"milestones": (8, 11)}, "optim.milestones [8, 11] with optim.schedule 'cosine'"),
+        ({"schedule": "steps", "milestones": (11, 8)}, '"steps" needs ascending epochs, for example [8, 11]'),
+    ],
+    ids=["backbone", "power", "none", "cosine", "order"],
+)
+def test_schedules_are_refused_with_their_values(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        OptimConfig(**options)

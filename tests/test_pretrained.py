@@ -103,3 +103,14 @@ def test_create_backbone_starts_from_a_file(tmp_path):
     save_file(weights(source), tmp_path / "w.safetensors")
     model = pico(pretrained=str(tmp_path / "w.safetensors"))
     assert torch.equal(model.stem[0][0].weight, source.stem[0][0].weight)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_convnext", "pvt_v2_b0"])
+def test_a_peers_classifier_starts_its_dense_twin(tmp_path, name):
+    from mirrorla.dense import create_dense_backbone
+
+    source = create_backbone(name, num_classes=10).eval()
+    save_file(weights(source), tmp_path / "w.safetensors")
+    dense = create_dense_backbone(name, pretrained=str(tmp_path / "w.safetensors")).eval()
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(dense(image)[-1], source.forward_features(image), rtol=1e-4, atol=1e-4)
