@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from lightning_modules.curves import ScoreCounts
+
 IGNORED = -1
 """Label given to padding, which the counting metrics skip."""
 
@@ -52,7 +54,7 @@ class WeightedMean(Metric):
 
 
 class ClassificationMetrics(nn.Module):
-    """Loss, top-1, top-5 and the confusion matrix of one evaluation pass.
+    """Loss, top-1, top-5, the confusion matrix and the counts behind precision-recall curves of one evaluation pass.
 
     Args:
         num_classes: C; with fewer than five classes top-5 counts the first C.
@@ -64,6 +66,7 @@ class ClassificationMetrics(nn.Module):
         self.top1 = _accuracy(num_classes, 1)
         self.top5 = _accuracy(num_classes, min(5, num_classes))
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
+        self.score_counts = ScoreCounts(num_classes)
 
     def update(self, logits: Tensor, labels: Tensor, weight: Tensor) -> None:
         """Take in one batch.
@@ -79,6 +82,7 @@ class ClassificationMetrics(nn.Module):
         self.top1.update(logits, counted)
         self.top5.update(logits, counted)
         self.confusion.update(logits, counted)
+        self.score_counts.update(logits.softmax(1), labels, weight)
 
 
 def _accuracy(num_classes: int, top_k: int) -> MulticlassAccuracy:

@@ -16,27 +16,51 @@ class Tag(StrEnum):
     """Every tag this project writes; `mirror/*` and `attn/*` come complete from mirrorla.diagnostics."""
 
     TRAIN_LOSS = "train/loss"
+    LOSS_TERM = "loss"  # + "/<term>"
+    MATCHER = "matcher"  # + "/positives_per_image", "/foreground_accuracy", "/false_negatives"
     GRAD_NORM = "train/grad_norm"
+    SKIPPED_STEPS = "train/skipped_steps"
     LEARNING_RATE = "lr"  # + "/<group>"
     VAL_LOSS = "val/loss"
     VAL_TOP1 = "val/top1"
     VAL_TOP5 = "val/top5"
+    VAL_BOX_AP = "val/box_ap"  # + "50", "75", "_small", "_medium", "_large"
+    VAL_MASK_AP = "val/mask_ap"  # the same
+    VAL_MIOU = "val/miou"
+    VAL_PIXEL_ACCURACY = "val/pixel_accuracy"
+    VAL_MEAN_ACCURACY = "val/mean_accuracy"
     TEST_TOP1 = "test/top1"
     IMAGES_PER_S = "throughput/images_per_s"
     STEP_P50_MS = "time/step_p50_ms"
     STEP_P95_MS = "time/step_p95_ms"
     DATA_WAIT_SHARE = "time/data_wait_share"
+    CHECKPOINT_STALL = "time/checkpoint_stall_share"
     PEAK_GIB = "memory/peak_gib"
     SKIPPED = "data/skipped_samples"  # + "/<kind>"
     GIVEN = "data/samples_given"  # + "/<dataset of a mixture>"
-    PREDICTIONS = "figures/predictions"
+    PREDICTIONS = "figures/predictions"  # dense tasks: + "/<id of the image>"
     CONFUSION = "figures/confusion"
     PER_CLASS = "figures/per_class_accuracy"
+    PER_CLASS_BOX_AP = "figures/per_class_box_ap"
+    PER_CLASS_MASK_AP = "figures/per_class_mask_ap"
+    PER_CLASS_IOU = "figures/per_class_iou"
+    CURVE = "curves/precision_recall"  # + "/<class>"; dense tasks: "/box/<class>", "/mask/<class>"
     CONFIG = "run/config"
     ENVIRONMENT = "run/environment"
     ATTEMPT = "run/attempt"
 
 
+SCORES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "box_ap": "box AP",
+    "box_ap50": "box AP50",
+    "mask_ap": "mask AP",
+    "mask_ap50": "mask AP50",
+    "miou": "mIoU",
+    "pixel_accuracy": "pixel accuracy",
+}
+"""What a person reads instead of `val/<name>` or `test/<name>`, the headline of each task first."""
 GOOD, BAD, INK, PALE = "#1b7f5c", "#c2410c", "#1f2937", "#e5e7eb"
 MAX_CLASSES = 24
 """Classes a confusion matrix or bar chart shows; with more, the worst are shown."""
@@ -125,24 +149,52 @@ def per_class_figure(counts: NDArray[np.int64], names: Sequence[str]) -> Figure:
     """
     accuracy = np.diag(counts) / np.maximum(counts.sum(1), 1)
     kept = sorted(_worst(counts, MAX_CLASSES), key=lambda index: accuracy[index])
-    figure = Figure(figsize=(4.8, 0.8 + 0.2 * len(kept)), dpi=80, layout="constrained")
-    axis = figure.subplots()
-    axis.barh(range(len(kept)), [1.0] * len(kept), color=PALE)
-    axis.barh(range(len(kept)), accuracy[kept], color=GOOD)
-    axis.set_yticks(range(len(kept)), [_short(names[i], 18) for i in kept], fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1)
-    axis.tick_params(axis="x", labelsize=7)
-    axis.spines[["top", "right"]].set_visible(False)
-    for place, index in enumerate(kept):
-        axis.text(0.01, place, f"{accuracy[index]:.1%} of {counts[index].sum()}", va="center", fontsize=6, color="w")
-    axis.set_title(_selection("accuracy per class, worst first", len(kept), len(names)), fontsize=8, color=INK)
-    return figure
+    notes = [f"{accuracy[i]:.1%} of {counts[i].sum()}" for i in kept]
+    title = _selection("accuracy per class, worst first", len(kept), len(names))
+    return _bars(accuracy[kept], [names[i] for i in kept], notes, title)
+
+
+def bars_figure(values: NDArray[np.float64], names: Sequence[str], notes: Sequence[str], title: str) -> Figure:
+    """A score in [0, 1] of every class as bars, the worst first.
+
+    Args:
+        values: C scores; classes with NaN are left out.
+        names: C class names.
+        notes: C remarks that stand in the bars after the score.
+        title: of the figure.
+
+    Returns:
+        A figure of at most MAX_CLASSES bars: the lowest when there are more.
+    """
+    order = [int(i) for i in np.argsort(values, kind="stable") if not np.isnan(values[i])]
+    kept = order[:MAX_CLASSES]
+    remarks = [f"{values[i]:.1%}, {notes[i]}" for i in kept]
+    shown = f", worst first ({len(kept)} of {len(order)} classes)" if len(kept) < len(order) else ", worst first"
+    return _bars(values[kept], [names[i] for i in kept], remarks, title + shown)
 
 
 def as_markdown(text: str, language: str = "yaml") -> str:
     """A text as a code block for TensorBoard's text page."""
     return f"```{language}\n{text.rstrip()}\n```"
+
+
+def _bars(values: NDArray[np.float64], names: Sequence[str], notes: Sequence[str], title: str) -> Figure:
+    figure = Figure(figsize=(4.8, 0.8 + 0.2 * len(values)), dpi=80, layout="constrained")
+    axis = figure.subplots()
+    axis.barh(range(len(values)), [1.0] * len(values), color=PALE)
+    axis.barh(range(len(values)), values, color=GOOD)
+    axis.set_yticks(range(len(values)), [_short(name, 18) for name in names], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+    for place, (value, note) in enumerate(zip(values, notes, strict=True)):
+        is_inside = value > 0.45  # otherwise the note stands beside the bar, on the pale ground
+        axis.text(
+            0.01 if is_inside else value + 0.01, place, note, va="center", fontsize=6, color="w" if is_inside else INK
+        )
+    axis.set_title(title, fontsize=8, color=INK)
+    return figure
 
 
 def _worst(counts: NDArray[np.int64], limit: int) -> list[int]:

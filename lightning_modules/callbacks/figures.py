@@ -1,20 +1,12 @@
-"""Pictures for TensorBoard after a validation: fixed predictions, confusion matrix, accuracy per class."""
+"""Pictures and curves for TensorBoard after a validation: fixed images, confusion matrix, scores per class."""
 
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from numpy.typing import NDArray
 
 from lightning_modules.classification import ClassificationModule
-from lightning_modules.tensorboard import (
-    Tag,
-    confusion_figure,
-    per_class_figure,
-    prediction_grid,
-    to_pixels,
-)
+from lightning_modules.curves import Curve
+from lightning_modules.painting import Painter, class_curves
 
 
 @dataclass(frozen=True)
@@ -24,7 +16,7 @@ class MonitoringConfig:
     Attributes:
         figures_every_n_validations: draw figures at every n-th validation and at the last one; 0 = at the last only.
         mirrors_every_n_validations: measure the mirrors at every n-th validation and at the last one; 0 = never.
-        num_pictures: images in the fixed grid of predictions.
+        num_pictures: fixed images whose predictions are shown.
         num_probes: images of the fixed batch the mirrors are measured on.
     """
 
@@ -48,7 +40,9 @@ class MonitoringConfig:
 
 
 def is_last_validation(trainer: Trainer) -> bool:
-    """Whether no further validation follows in this fit."""
+    """Whether no further validation follows: the last of a fit, or the one after a fit that ended amid an epoch."""
+    if trainer.state.fn == "validate":
+        return True
     by_steps = trainer.max_steps >= 0 and trainer.global_step >= trainer.max_steps
     by_epochs = trainer.max_epochs is not None and trainer.max_epochs >= 0
     return by_steps or (by_epochs and trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs)
@@ -59,48 +53,42 @@ def curve_step(trainer: Trainer) -> int:
     return max(0, trainer.global_step - 1)
 
 
-class ClassificationFigures(Callback):
-    """Draw the figures of a classification run on rank 0.
+class ValidationFigures(Callback):
+    """Draw the figures of a run; rank 0 writes them.
 
     Args:
         config: how often, how many.
+        paint: what the task shows.
     """
 
-    def __init__(self, config: MonitoringConfig) -> None:
+    def __init__(self, config: MonitoringConfig, paint: Painter) -> None:
         self._config = config
+        self._paint = paint
         self._num_validations = 0
+        self._class_curves: list[Curve] = []
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up a classifier's score counts; a collective, so every rank does."""
+        if isinstance(pl_module, ClassificationModule):
+            self._class_curves = pl_module.val_metrics.score_counts.curves()
+            pl_module.val_metrics.score_counts.reset()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw when it is time; the module has its confusion counts by now."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        """Draw when it is time; the module has its scores by now."""
+        if trainer.sanity_checking:
             return
         every = self._config.figures_every_n_validations
         is_time = every > 0 and self._num_validations % every == 0
         self._num_validations += 1
-        if not (is_time or is_last_validation(trainer)) or not trainer.is_global_zero or trainer.logger is None:
+        if not (is_time or is_last_validation(trainer)) or trainer.logger is None:
             return
-        assert isinstance(pl_module, ClassificationModule)
-        for tag, pixels in self._draw(trainer, pl_module).items():
-            trainer.logger.experiment.add_image(tag, pixels, curve_step(trainer), dataformats="HWC")  # type: ignore[attr-defined]
-
-    def _draw(self, trainer: Trainer, module: ClassificationModule) -> dict[str, NDArray[np.uint8]]:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        names = [str(name) for name in data.class_names]
-        batch = data.probe_batch(self._config.num_pictures)
-        with torch.inference_mode():
-            scores, classes = module(batch["image"].to(module.device)).float().softmax(1).max(1)
-        pictures = data.denormalise(batch["image"]).permute(0, 2, 3, 1).cpu().numpy()
-        grid = prediction_grid(
-            pictures,
-            [names[label] for label in batch["label"].tolist()],
-            [names[label] for label in classes.tolist()],
-            scores.tolist(),
-        )
-        assert module.confusion is not None
-        counts = module.confusion.numpy()
-        figures = {
-            Tag.PREDICTIONS: grid,
-            Tag.CONFUSION: confusion_figure(counts, names),
-            Tag.PER_CLASS: per_class_figure(counts, names),
-        }
-        return {str(tag): to_pixels(figure) for tag, figure in figures.items()}
+        # every rank predicts: they would only wait for rank 0, and where weights are sharded it needs them all
+        drawn = self._paint(pl_module, data, self._config.num_pictures)
+        if not trainer.is_global_zero:
+            return
+        writer, step = trainer.logger.experiment, curve_step(trainer)  # type: ignore[attr-defined]
+        for tag, pixels in drawn.pictures.items():
+            writer.add_image(tag, pixels, step, dataformats="HWC")
+        for tag, curve in (drawn.curves | class_curves(self._class_curves, data)).items():
+            curve.write(writer, tag, step)

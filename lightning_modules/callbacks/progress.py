@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
-from lightning_modules.tensorboard import Tag
+from lightning_modules.tensorboard import SCORES, Tag
 
 _log = logging.getLogger("mirrorla")
 
@@ -25,15 +25,15 @@ def epoch_line(epoch: int, max_epochs: int | None, step: int, metrics: dict[str,
         epoch: epochs done.
         max_epochs: epochs planned; None or -1 = open.
         step: optimizer steps done.
-        metrics: loss, top-1 and images/s as far as they are known.
+        metrics: loss, the task's first score and images/s as far as they are known.
         seconds: wall time of the epoch.
     """
     of = f"/{max_epochs}" if max_epochs is not None and max_epochs >= 0 else ""
     parts = [f"epoch {epoch}{of}", f"step {step}"]
     if Tag.TRAIN_LOSS in metrics:
         parts.append(f"loss {metrics[Tag.TRAIN_LOSS]:.4f}")
-    if Tag.VAL_TOP1 in metrics:
-        parts.append(f"val top-1 {metrics[Tag.VAL_TOP1]:.2%}")
+    if headline := next((name for name in SCORES if f"val/{name}" in metrics), None):
+        parts.append(f"val {SCORES[headline]} {metrics[f'val/{headline}']:.2%}")
     if Tag.IMAGES_PER_S in metrics:
         parts.append(f"{metrics[Tag.IMAGES_PER_S]:.0f} images/s")
     return "  ".join([*parts, f"{seconds:.1f} s"])
