@@ -1,4 +1,6 @@
-# make train    from nothing to a trained classifier of handwritten digits, on any laptop
+# make train    from nothing to a trained classifier of handwritten digits, on any laptop;
+#               TASK=detection or TASK=segmentation trains on scenes of them
+# make rehearse a SLURM job's whole life on this machine: submit, preempt, queue again, resume, finish
 # make test     lint, types and the default tests
 # make bench    the benchmarks that run on a CPU
 # make lint     lint and types alone
@@ -6,10 +8,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN_DIR ?= runs/digits-classification
+TASK ?= classification
+RUN_DIR ?= runs/digits-$(TASK)
 STAMP := $(VENV)/.installed
+SLURM := slurmctld slurmd slurm-client munge
+INSTALL_SLURM := apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(SLURM)
 
-.PHONY: train test test-slow lint format bench help
+.PHONY: train rehearse slurm test test-slow lint format bench help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -24,7 +29,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(STAMP)
-	@$(BIN)/mirrorla fit --config digits/classification --run_dir $(RUN_DIR) --ckpt_path last
+	@$(BIN)/mirrorla fit --config digits/$(TASK) --run_dir $(RUN_DIR) --ckpt_path last
+
+# A real SLURM for tests and rehearsals. The system's services stay as they are: a private cluster starts its own.
+slurm:
+	@PATH="$$PATH:/usr/sbin:/sbin"; exec > /dev/null; command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged && exit 0; \
+		echo "installing $(SLURM) ..." >&2; \
+		if [ "$$(id -u)" = 0 ]; then sh -c '$(INSTALL_SLURM)'; else sudo -n sh -c '$(INSTALL_SLURM)'; fi \
+		|| { echo "SLURM is needed and could not be installed; as root: apt-get install $(SLURM)" >&2; exit 2; }
+
+rehearse: $(STAMP) slurm
+	@$(BIN)/mirrorla rehearse
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -35,10 +50,10 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test: lint
+test: lint slurm
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: lint
+test-slow: lint slurm
 	@$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: $(STAMP)
