@@ -1,84 +1,121 @@
-"""Checkpoint files of a run: committed through commit.py, named by step, ranked, read without executing anything.
+"""The checkpoints of a run: listed by step, verified newest first, ranked, read without executing anything.
 
-Loading is always `weights_only=True`.
+A checkpoint is a directory step_<step> that appeared by one rename, complete:
+
+    model.safetensors, state.pt        the weights, and all the rest; or
+    sharded/                           what FSDP or DeepSpeed wrote, one part per rank
+    config.yaml, environment.json, changes.diff
+    MANIFEST.json                      size and hash of every file, see manifest.py
+
+LATEST beside them names the newest one, for people: nothing relies on it. Standard library only, except for
+`load_plain`.
 """
 
 import json
-import re
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.plugins.io import CheckpointIO
+from lightning_modules.commit import commit_text
+from lightning_modules.manifest import Manifest as Manifest
+from lightning_modules.manifest import folder_name, step_and_version
+from lightning_modules.manifest import read_manifest as read_manifest
+from lightning_modules.manifest import step_of as step_of
+from lightning_modules.manifest import verify as verify
 
-from lightning_modules.commit import commit_file, commit_text
-
-_STEP_FILE = re.compile(r"step_(\d{8,})\.ckpt")
+LATEST = "LATEST"
 _SCORES = "best.json"
-
-
-class CommittedCheckpointIO(CheckpointIO):
-    """Lightning's way to the disk, replaced by `commit_file` and a loader that never unpickles objects."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Commit a checkpoint under `path`."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        commit_file(target, lambda stream: torch.save(checkpoint, stream))
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load a checkpoint onto the CPU, plain types and tensors only, whatever the caller asked for."""
-        return load_plain(Path(path))
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint, also when it is gone already."""
-        Path(path).unlink(missing_ok=True)
-
-
-def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
-    """Load a checkpoint of tensors and plain types.
-
-    Args:
-        path: a local file.
-        lazily: map the tensors instead of reading them, to look at the rest only.
-
-    Returns:
-        The checkpoint, tensors on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no checkpoint, is damaged, or holds objects that would run code.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint {path} cannot be read as tensors and plain values: {reason}") from error
-    if not isinstance(content, dict) or "global_step" not in content:
-        raise ValueError(f"{path} is no training checkpoint; for plain weights use --model.backbone.pretrained")
-    return content
-
-
-def step_file(folder: Path, step: int) -> Path:
-    """Name of the checkpoint taken after `step` optimizer steps."""
-    return folder / f"step_{step:08d}.ckpt"
-
-
-def step_of(path: Path) -> int:
-    """Optimizer steps behind a checkpoint, from its name or else from its content."""
-    match = _STEP_FILE.fullmatch(path.name)
-    return int(match[1]) if match else int(load_plain(path, lazily=True)["global_step"])
+_log = logging.getLogger("mirrorla")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints of a run, oldest step first; temporary files are not among them."""
-    found = [path for path in folder.glob("step_*.ckpt") if _STEP_FILE.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    """Committed checkpoints of a run, oldest step first; of one step written again the newest version comes last."""
+    if not folder.is_dir():
+        return []
+    found = {path: place for path in folder.iterdir() if (place := step_and_version(path.name)) and path.is_dir()}
+    return sorted(found, key=found.__getitem__)
+
+
+def newest_valid(folder: Path, *, hashes: bool = True) -> Path | None:
+    """The checkpoint with the highest step that verifies; every newer one that does not is named in a warning.
+
+    Args:
+        folder: the run's checkpoint folder.
+        hashes: see `verify`.
+    """
+    return first_valid(reversed_by_step(folder), hashes=hashes)
+
+
+def reversed_by_step(folder: Path) -> list[Path]:
+    """Committed checkpoints of a run, newest first."""
+    return list_checkpoints(folder)[::-1]
+
+
+def first_valid(candidates: list[Path], *, hashes: bool = True) -> Path | None:
+    """The first of these checkpoints that verifies; those before it are named in a warning each."""
+    for path in candidates:
+        try:
+            verify(path, hashes=hashes)
+        except (ValueError, OSError) as error:
+            _log.warning("refused        %s; falling back to the checkpoint before it", error)
+        else:
+            return path
+    return None
+
+
+def find(folder: Path, step: int) -> Path | None:
+    """The newest version of the checkpoint after `step` optimizer steps, if there is one."""
+    return next((path for path in reversed_by_step(folder) if step_of(path) == step), None)
+
+
+def next_path(folder: Path, step: int) -> Path:
+    """A name for the checkpoint after `step` optimizer steps that no committed one has."""
+    versions = [place[1] for path in folder.iterdir() if (place := step_and_version(path.name)) and place[0] == step]
+    return folder / folder_name(step, max(versions, default=0) + 1)
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies, unless it was written again."""
+    return folder / folder_name(step)
+
+
+def read_latest(path: Path) -> Path:
+    """The checkpoint that a LATEST file names.
+
+    Raises:
+        ValueError: it is a symbolic link, or names anything but a checkpoint beside itself.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link, which is never followed; give the checkpoint's directory")
+    name = path.read_bytes()[:100].decode(errors="replace").strip()
+    if step_and_version(name) is None:
+        raise ValueError(f"{path} names {name!r}, which is no checkpoint beside it; give the checkpoint's directory")
+    return path.with_name(name)
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """Verify a checkpoint and load it whole, tensors on the CPU.
+
+    Args:
+        path: the directory. Of a sharded one the weights are gathered, so that it can be evaluated anywhere; its
+            optimizer state stays out.
+
+    Returns:
+        Lightning's checkpoint.
+
+    Raises:
+        FileNotFoundError: no such directory.
+        ValueError: it is no checkpoint, is damaged, or holds objects that would run code.
+    """
+    manifest = verify(path)
+    if manifest.strategy == "plain":
+        from lightning_modules.plain import read_plain
+
+        return read_plain(path)
+    from lightning_modules.shards import gather
+
+    return gather(path, manifest.strategy)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
+from lightning_modules import exit_codes
 from lightning_modules.errors import UsageError, is_users_mistake, nearest, one_line
 
 Verb = Callable[[str, Sequence[str]], int]
@@ -23,6 +24,30 @@ def _shards(verb: str, argv: Sequence[str]) -> int:
     return run(verb, argv)
 
 
+def _health(verb: str, argv: Sequence[str]) -> int:
+    from lightning_modules.health_cli import run
+
+    return run(verb, argv)
+
+
+def _checkpoints(verb: str, argv: Sequence[str]) -> int:
+    from lightning_modules.checkpoints_cli import run
+
+    return run(verb, argv)
+
+
+def _cluster(verb: str, argv: Sequence[str]) -> int:
+    from lightning_modules.cluster_cli import run
+
+    return run(verb, argv)
+
+
+def _bench(verb: str, argv: Sequence[str]) -> int:
+    from lightning_modules.bench_cli import run
+
+    return run(verb, argv)
+
+
 def _models(verb: str, argv: Sequence[str]) -> int:
     from mirrorla.complexity import variant_table
 
@@ -38,23 +63,42 @@ VERBS: dict[str, Verb] = {
     "test": _train,
     "predict": _train,
     "shards": _shards,
+    "bench": _bench,
     "models": _models,
+    "plan": _cluster,
+    "submit": _cluster,
+    "rehearse": _cluster,
+    "logs": _cluster,
+    "cancel": _cluster,
+    "status": _health,
+    "doctor": _health,
+    "checkpoints": _checkpoints,
 }
 
-HELP = """usage: mirrorla VERB [options]
+HELP = f"""usage: mirrorla VERB [options]
 
   fit        train:            mirrorla fit --config digits/classification
              continue a run:   mirrorla fit --config digits/classification --ckpt_path last
   validate   evaluate on the validation split
   test       evaluate on the test split (on the validation split where there is none)
-  predict    write predictions.csv into the run directory
+  predict    write predictions into the run directory: a table, annotated pictures and COCO json, or class maps
   shards     pack, index, verify or describe data: mirrorla shards --help
+  bench      measure attention, backbone or loader beside their rivals: mirrorla bench --help
   models     list the variants: parameters, GMACs, attention
+  status     what a run is doing: mirrorla status RUN (or a folder of runs)
+  doctor     what is wrong with a run, and the mend: mirrorla doctor RUN
+  checkpoints  list, verify, prune or convert a run's checkpoints: mirrorla checkpoints RUN --verify
+  plan       say what a job on a SLURM cluster would be: mirrorla plan --help
+  submit     hand it to sbatch: mirrorla submit --slurm slurm/debug --config digits/classification
+  rehearse   the whole life of such a job, on a private SLURM cluster on this machine
+  logs       what a run's job wrote, or one rank: mirrorla logs RUN --rank 3
+  cancel     end a run's job: mirrorla cancel RUN
 
 Options of a verb: mirrorla VERB --help. --config takes a path or a packaged name, may be repeated, and later ones
 override earlier ones; every key is also an option: --trainer.max_steps 2 --data.batch_size 64 --model.optim.lr 1e-3.
-Exit codes: 0 done, 1 failed while running, 2 refused before running, 130 / 143 / 138 stopped by SIGINT / SIGTERM /
-SIGUSR1 with a checkpoint committed (continue with --ckpt_path last).
+
+Exit codes; after "again" the same command with --ckpt_path last goes on:
+{exit_codes.table()}
 """
 
 

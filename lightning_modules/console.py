@@ -15,6 +15,7 @@ _NOISE = (
     r".*dataloader is not resumable.*",
     r".*is not safe to call.*fork.*",
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*callbacks used to create the checkpoint need to be provided.*",  # an evaluation has no use for their state
     r".*No positive samples in targets.*",
     r".*GPU available but not used.*",
     r".*Found .* module\(s\) in eval mode.*",

@@ -20,6 +20,7 @@ _SECRET_OPTION = re.compile(rf"(--[\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*)(=|
 _SECRET_KEY = re.compile(rf"^(\s*[\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*:[ ]+)(\S.*)$", re.IGNORECASE | re.M)
 _URL_LOGIN = re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@")
 _HIDDEN = "<redacted>"
+MAX_DIFF = 1 << 18
 
 
 def redact(text: str) -> str:
@@ -54,6 +55,18 @@ def describe_environment(argv: Sequence[str]) -> dict[str, Any]:
         "git": _git_state(),
         "variables": redact_variables(os.environ),
     }
+
+
+def uncommitted_changes() -> str | None:
+    """What the checkout this code runs from has on top of its commit, secrets hidden; None where nothing or no git.
+
+    At most MAX_DIFF characters: what grew beyond that is a commit that was not made.
+    """
+    changes = _git("diff", "HEAD", "--", ".") if _git_state()["clean"] is False else None
+    if not changes:
+        return None
+    changes = redact(changes)
+    return changes if len(changes) <= MAX_DIFF else f"{changes[:MAX_DIFF]}\n[{len(changes) - MAX_DIFF} more characters]"
 
 
 def _version(package: str) -> str | None:

@@ -8,7 +8,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_modules.checkpoint import list_checkpoints, read_scores, step_file
+from lightning_modules.checkpoint import (
+    LATEST,
+    find,
+    first_valid,
+    list_checkpoints,
+    newest_valid,
+    read_latest,
+    read_scores,
+    verify,
+)
 
 
 @dataclass(frozen=True)
@@ -79,57 +88,65 @@ def default_run_dir(config: Path | None) -> Path:
     return Path("runs") / parts[-1]
 
 
-def resolve_checkpoint(word: str | None, run: RunDirectory, *, training: bool) -> Path | None:
-    """Turn --ckpt_path into a file.
+def resolve_checkpoint(word: str | None, run: RunDirectory, *, training: bool, hashes: bool = True) -> Path | None:
+    """Turn --ckpt_path into a checkpoint that verifies.
 
     Args:
-        word: "last", "best", a checkpoint file, another run directory, or None.
+        word: "last", "best", a checkpoint directory, a LATEST file, another run directory, or None.
         run: the run directory of this command.
         training: fit (True) continues from `last`; the evaluating verbs prefer `best`.
+        hashes: read all files of the candidates; ranks other than 0 need not, they take its choice.
 
     Returns:
-        The file; None when a training starts from step 0, or when nothing was trained and nothing was asked for.
+        The directory; None when a training starts from step 0, or when nothing was trained and nothing was asked for.
 
     Raises:
-        ValueError: training into a run that already has checkpoints without saying so, or an http address.
-        FileNotFoundError: no such file, or no checkpoint in the run.
+        ValueError: training into a run that already has checkpoints without saying so, an http address, a checkpoint
+            that is damaged or a link.
+        FileNotFoundError: no such directory, or no checkpoint in the run.
     """
     if word is None:
-        return _without_word(run, training)
+        return _without_word(run, training, hashes)
     if word == "last" and training:
-        return newest(run)
+        return newest(run, hashes=hashes)
     if word in ("last", "best"):
-        return _require(newest(run) if word == "last" else best(run), word, run)
+        return _require(newest(run, hashes=hashes) if word == "last" else best(run, hashes=hashes), word, run)
     if "://" in word:
-        raise ValueError(f"ckpt_path {word!r} is a remote address; copy the file here first and give its path")
+        raise ValueError(f"ckpt_path {word!r} is a remote address; copy the directory here first and give its path")
     path = Path(word)
-    if path.is_dir():
+    if path.name == LATEST and path.is_file():
+        path = read_latest(path)
+    if RunDirectory(path).checkpoints.is_dir():
         other = RunDirectory(path)
-        return _require(newest(other) if training else best(other) or newest(other), word, other)
-    if not path.is_file():
-        raise FileNotFoundError(f"ckpt_path {word} is no file and no run directory; use last, best, a file or a run")
+        chosen = None if training else best(other, hashes=hashes)
+        return _require(chosen or newest(other, hashes=hashes), word, other)
+    if path.is_file():
+        raise ValueError(
+            f"ckpt_path {word} is a file; a checkpoint is a directory, weights go to --model.backbone.pretrained"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"ckpt_path {word} does not exist; use last, best, a checkpoint directory or a run")
+    verify(path, hashes=hashes)
     return path
 
 
-def newest(run: RunDirectory) -> Path | None:
-    """The checkpoint with the highest step, if any."""
-    found = list_checkpoints(run.checkpoints)
-    return found[-1] if found else None
+def newest(run: RunDirectory, *, hashes: bool = True) -> Path | None:
+    """The checkpoint with the highest step that verifies, if any."""
+    return newest_valid(run.checkpoints, hashes=hashes)
 
 
-def best(run: RunDirectory) -> Path | None:
-    """The best evaluated checkpoint that still exists, if any."""
-    files = (step_file(run.checkpoints, score.step) for score in read_scores(run.checkpoints))
-    return next((path for path in files if path.is_file()), None)
+def best(run: RunDirectory, *, hashes: bool = True) -> Path | None:
+    """The best evaluated checkpoint that still exists and verifies, if any."""
+    found = (find(run.checkpoints, score.step) for score in read_scores(run.checkpoints))
+    return first_valid([path for path in found if path is not None], hashes=hashes)
 
 
-def _without_word(run: RunDirectory, training: bool) -> Path | None:
+def _without_word(run: RunDirectory, training: bool, hashes: bool) -> Path | None:
     if not training:
-        return best(run) or newest(run)
-    existing = newest(run)
-    if existing is not None:
+        return best(run, hashes=hashes) or newest(run, hashes=hashes)
+    if existing := list_checkpoints(run.checkpoints):
         raise ValueError(
-            f"run_dir {run.root} already holds {existing.name}; "
+            f"run_dir {run.root} already holds {existing[-1].name}; "
             "continue it with --ckpt_path last, or give another --run_dir"
         )
     return None

@@ -15,15 +15,17 @@ _received: list[signal.Signals] = []
 
 
 class StopRequested(Exception):  # noqa: N818 - it reports a request, not an error
-    """The training stopped at a step boundary because a signal asked for it; its state is committed.
+    """The training stopped at a step boundary because a signal or the clock asked for it; its state is committed.
 
     Args:
-        number: the signal.
+        number: the signal; SIGUSR1, the batch system's warning, where the clock stands in for it.
         step: optimizer steps done.
+        reason: the signal's name, or "max_minutes".
     """
 
-    def __init__(self, number: signal.Signals, step: int) -> None:
-        super().__init__(f"stopped by {number.name} after step {step}")
+    def __init__(self, number: signal.Signals, step: int, reason: str | None = None) -> None:
+        self.reason = reason or number.name
+        super().__init__(f"stopped by {self.reason} after step {step}")
         self.number = number
         self.step = step
 

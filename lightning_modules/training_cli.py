@@ -4,6 +4,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ from lightning_modules import config_checks, console
 from lightning_modules.callbacks.checkpointing import CheckpointConfig
 from lightning_modules.callbacks.figures import MonitoringConfig
 from lightning_modules.callbacks.preemption import has_started, is_validated
+from lightning_modules.checkpoint import step_of
 from lightning_modules.config_keys import KeyTree, load_class
 from lightning_modules.errors import UsageError, is_users_mistake, one_line
+from lightning_modules.exit_codes import GuardStop
+from lightning_modules.guards import GuardConfig, Guards, guarded
 from lightning_modules.parser import OneLineParser, one_line_complaint
 from lightning_modules.run_directory import RunDirectory, default_run_dir, resolve_checkpoint
 from lightning_modules.stop_signals import StopRequested
+from lightning_modules.strategies import register_strategies
+from lightning_modules.tensorboard import SCORES
 from lightning_modules.wiring import Wiring, build_callbacks, build_logger, build_plugins, is_terminal
 
 _log = logging.getLogger("mirrorla")
@@ -56,19 +62,24 @@ def run(verb: str, argv: Sequence[str]) -> int:
         argv: its options.
 
     Returns:
-        Exit code: 0 done, 128 + n stopped by signal n.
+        Exit code, see exit_codes.py.
 
     Raises:
         UsageError: a configuration that cannot be run.
     """
     console.quiet_libraries()
     console.speak(console.rank())
+    register_strategies()
     try:
-        TrainingCLI(Request(verb, *config_checks.expand_configs(argv)))
+        with ExitStack() as closing:
+            TrainingCLI(Request(verb, *config_checks.expand_configs(argv)), closing)
     except StopRequested as stop:
         mend = "; continue with --ckpt_path last" if verb == "fit" else ""
-        _log.info("stopped by %s after step %d%s", stop.number.name, stop.step, mend)
+        _log.info("%s%s", stop, mend)
         return stop.exit_code
+    except GuardStop as stop:
+        _log.error("%s", stop)
+        return stop.code
     except MisconfigurationException as error:
         mend = "; without a GPU add --config trainer/cpu" if "backend found" in str(error) else ""
         raise UsageError(one_line(error).rstrip(".!") + mend) from error
@@ -82,10 +93,13 @@ class TrainingCLI(LightningCLI):
 
     Args:
         request: the command.
+        closing: takes what must be closed when the verb is done or has failed.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, closing: ExitStack) -> None:
         self.request = request
+        self._closing = closing
+        self._guards: Guards | None = None
         self.run_directory = RunDirectory(Path())
         self.resume_from: Path | None = None
         self._word: str | None = None
@@ -115,6 +129,7 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.add_class_arguments(MonitoringConfig, "monitoring")
+        parser.add_class_arguments(GuardConfig, "guard")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Refuse what jsonargparse would accept or explain badly, then parse."""
@@ -145,7 +160,9 @@ class TrainingCLI(LightningCLI):
         options.run_dir = str(self.run_directory.root)
         word = options.pop("ckpt_path")
         self.config_text = self._parser(verb).dump(options, skip_none=False)
-        self.resume_from = resolve_checkpoint(word, self.run_directory, training=verb == "fit")
+        self.resume_from = resolve_checkpoint(
+            word, self.run_directory, training=verb == "fit", hashes=console.rank() == 0
+        )
         options.ckpt_path = None if self.resume_from is None else str(self.resume_from)
         if self.resume_from is None and verb != "fit" and not _has_pretrained(options.model):
             raise UsageError(
@@ -166,7 +183,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with this project's callbacks, logger and checkpoint files."""
         options = self.config_init[self.request.verb]
-        self._open_run_directory()
+        self._open_run_directory(options.guard)
         wiring = Wiring(
             verb=self.request.verb,
             run=self.run_directory,
@@ -175,6 +192,7 @@ class TrainingCLI(LightningCLI):
             config_text=self.config_text,
             checkpoint=options.checkpoint,
             monitoring=options.monitoring,
+            guards=self._guards,
         )
         self.trainer_defaults["callbacks"] = build_callbacks(wiring, self.model, options.trainer.enable_progress_bar)
         try:
@@ -225,13 +243,17 @@ class TrainingCLI(LightningCLI):
         metrics = self.trainer.callback_metrics
         weights = " (EMA)" if getattr(self.model, "ema", None) is not None else ""
         title = {"val": "validation", "test": "test"}[split]
-        for name, label in (("top1", "top-1"), ("top5", "top-5")):
+        for name, label in SCORES.items():
             if f"{split}/{name}" in metrics:
                 _print(f"{title} {label}{weights}  {float(metrics[f'{split}/{name}']):.2%}")
 
-    def _open_run_directory(self) -> None:
+    def _open_run_directory(self, config: GuardConfig) -> None:
         """Only now, with a model that could be built, is anything written."""
         self.run_directory.prepare()
+        if self.request.verb == "fit":
+            step = 0 if self.resume_from is None else step_of(self.resume_from)
+            guards = guarded(self.run_directory, config, console.rank(), step, self.config_text)
+            self._guards = self._closing.enter_context(guards)
         console.also_log_to(self.run_directory.logs, console.rank())
         _log.info("run directory  %s", self.run_directory.root)
         if self.resume_from is not None:

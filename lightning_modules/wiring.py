@@ -10,19 +10,24 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from datamodules.ledger import ledger_folder
+from lightning_modules.callbacks.board import RunBoard
 from lightning_modules.callbacks.checkpointing import CheckpointConfig, RunCheckpoints
 from lightning_modules.callbacks.data_monitor import DataMonitor
-from lightning_modules.callbacks.figures import ClassificationFigures, MonitoringConfig
+from lightning_modules.callbacks.figures import MonitoringConfig, ValidationFigures
+from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.ledger import KeepLedger
 from lightning_modules.callbacks.mirror_metrics import MirrorMetrics
+from lightning_modules.callbacks.numeric_guard import NumericGuard
 from lightning_modules.callbacks.predictions import WritePredictions
 from lightning_modules.callbacks.preemption import StopOnSignal
 from lightning_modules.callbacks.progress import EpochLines, progress_bar
 from lightning_modules.callbacks.run_record import Introduction, RunRecord
 from lightning_modules.callbacks.step_seed import StepSeed
 from lightning_modules.callbacks.throughput import Throughput
-from lightning_modules.checkpoint import CommittedCheckpointIO, step_of
-from lightning_modules.classification import ClassificationModule
+from lightning_modules.checkpoint import step_of
+from lightning_modules.checkpoint_io import CommittedCheckpointIO
+from lightning_modules.guards import Guards
+from lightning_modules.painting import PAINTERS, task_of
 from lightning_modules.run_directory import RunDirectory
 
 
@@ -38,6 +43,7 @@ class Wiring:
         config_text: the resolved configuration as YAML.
         checkpoint: how often to save.
         monitoring: how often to look closely.
+        guards: what stands around a training; None where it is neither held nor watched.
     """
 
     verb: str
@@ -47,6 +53,7 @@ class Wiring:
     config_text: str
     checkpoint: CheckpointConfig
     monitoring: MonitoringConfig
+    guards: Guards | None = None
 
 
 def is_terminal() -> bool:
@@ -65,24 +72,30 @@ def build_callbacks(wiring: Wiring, model: LightningModule, enable_progress: boo
     progress: list[Callback] = []
     if enable_progress is not False:
         progress = [progress_bar() if is_terminal() else EpochLines()]
+    task = task_of(model)
     if wiring.verb != "fit":
-        predictions = [WritePredictions(wiring.run.root / "predictions.csv")] if wiring.verb == "predict" else []
+        predictions = [WritePredictions(wiring.run, task)] if task and wiring.verb == "predict" else []
         return [StopOnSignal(None), Introduction(), *predictions, *progress]
-    checkpoints = RunCheckpoints(wiring.run.checkpoints, wiring.checkpoint)
-    figures = [ClassificationFigures(wiring.monitoring)] if isinstance(model, ClassificationModule) else []
+    guards = wiring.guards
+    checkpoints = RunCheckpoints(wiring.run, wiring.checkpoint, *([guards.token] if guards else []))
+    figures = [ValidationFigures(wiring.monitoring, PAINTERS[task])] if task else []
+    board = [RunBoard(task, wiring.config_text)] if task else []
     folder = ledger_folder()
     return [
         StepSeed(wiring.seed),
         *([KeepLedger(folder)] if folder else []),
         Introduction(),
-        RunRecord(wiring.run, wiring.config_text),
+        RunRecord(wiring.run, wiring.config_text, None if guards is None else guards.attempt),
+        *([NumericGuard(wiring.run, guards.config, wiring.seed, wiring.config_text, checkpoints)] if guards else []),
+        *board,
         Throughput(),
         DataMonitor(),
         *figures,
         MirrorMetrics(wiring.monitoring),
         *progress,
-        StopOnSignal(checkpoints),
+        StopOnSignal(checkpoints, wiring.checkpoint.max_minutes),
         checkpoints,
+        *([Heartbeat(guards)] if guards else []),
     ]
 
 

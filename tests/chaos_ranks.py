@@ -21,7 +21,8 @@ from datamodules.module import ClassificationDataModule
 from datamodules.transforms import EvalTransform, TrainTransform
 from lightning_modules.callbacks.data_monitor import DataMonitor
 from lightning_modules.callbacks.ledger import KeepLedger
-from lightning_modules.checkpoint import CommittedCheckpointIO, step_file
+from lightning_modules.checkpoint import step_path
+from lightning_modules.checkpoint_io import CommittedCheckpointIO
 
 GRACE_S = 10
 EPOCHS = 2
@@ -57,7 +58,7 @@ class Save(Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step % SAVE_EVERY == 0:
             trainer.strategy.barrier()
-            trainer.save_checkpoint(step_file(self.folder, trainer.global_step))
+            trainer.save_checkpoint(step_path(self.folder, trainer.global_step))
 
 
 def train(order, rank):
@@ -69,7 +70,7 @@ def train(order, rank):
     seed_everything(0, verbose=False)
     data = ClassificationDataModule(
         order["data"],
-        10,
+        batch_size=10,
         num_workers=order["workers"],
         lanes=5,
         window=20,
@@ -142,6 +143,7 @@ def watch(order, pids):
 
 def main():
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "The .srun. command is available", UserWarning)
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)  # Lightning
     for line in sys.stdin:
         order = json.loads(line)

@@ -14,6 +14,8 @@ from lightning_modules import stop_signals
 KNOWN = (
     # Lightning 2.6 checks a pytree class that torch 2.15 renames.
     "ignore:.*LeafSpec:FutureWarning",
+    # Lightning advises srun wherever it is installed.
+    "ignore:The .srun. command is available on your system:UserWarning",
 )
 
 # A shared machine's pauses are no faults of the code; in CI hypothesis repeats the same examples by itself.

@@ -1,156 +1,354 @@
-"""Checkpoint files: committed or absent, never torn, read as plain values only."""
+"""Checkpoint directories: proved by their manifest, read as plain values only, kept by rank and age."""
 
+import json
 import os
 import pickle
+import random
 import re
-import resource
-import signal
-import subprocess
-import sys
-import textwrap
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from lightning_modules.callbacks.checkpointing import CheckpointConfig, Moment, between_steps
 from lightning_modules.checkpoint import (
-    CommittedCheckpointIO,
     Score,
     list_checkpoints,
     load_plain,
+    newest_valid,
     rank_scores,
+    read_latest,
+    read_manifest,
     read_scores,
-    step_file,
     step_of,
+    step_path,
+    verify,
     write_scores,
 )
-from lightning_modules.commit import commit_file, commit_text, sweep
+from lightning_modules.checkpoint_io import CommittedCheckpointIO, describe
+from lightning_modules.commit import hash_file
+from lightning_modules.manifest import MANIFEST, FileRecord, Manifest, parse, render, write_manifest
+from lightning_modules.persist import Draft, commit_checkpoint
+from lightning_modules.plain import snapshot, write_plain
+from lightning_modules.retention import prune, surplus, tidy
 
-GOOD = {"global_step": 7, "state_dict": {"w": torch.arange(3.0)}}
+CANARY = Path("/nonexistent-canary")
 
 
 class Evil:
     def __reduce__(self):
-        return (Path("/nonexistent-canary").touch, ())
+        return (CANARY.touch, ())
+
+
+def state(step=7):
+    return {"global_step": step, "epoch": 1, "state_dict": {"w": torch.arange(3.0) + step}, "loops": {"a": [1, (2,)]}}
+
+
+def save(folder, step=7, **beside):
+    path, copy = step_path(folder, step), snapshot(state(step))
+    draft = Draft(path, describe(step, 1, {"committed": step, "guard": {"seed": 0}}), lambda: 5, beside)
+    commit_checkpoint(draft, lambda temporary: write_plain(temporary, copy))
+    return path
+
+
+def reseal(path, **changes):
+    """A manifest that fits the folder's files, as somebody who tampers would write it."""
+    manifest = replace(read_manifest(path), **changes)
+    files = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.name != MANIFEST:
+            files[file.relative_to(path).as_posix()] = FileRecord(file.stat().st_size, hash_file(file))
+    (path / MANIFEST).unlink()
+    write_manifest(path, replace(manifest, files=changes.get("files", files)))
 
 
 def test_save_and_load_is_exact(tmp_path):
-    path = step_file(tmp_path / "checkpoints", 7)
-    CommittedCheckpointIO().save_checkpoint(GOOD, path)
+    path = save(tmp_path / "checkpoints")
     loaded = CommittedCheckpointIO().load_checkpoint(path, weights_only=False)
-    assert loaded["global_step"] == 7
-    assert torch.equal(loaded["state_dict"]["w"], GOOD["state_dict"]["w"])
-    assert [p.name for p in path.parent.iterdir()] == ["step_00000007.ckpt"]
+    expected = state()
+    assert torch.equal(loaded.pop("state_dict")["w"], expected.pop("state_dict")["w"])
+    assert loaded == expected
+    assert {p.name for p in path.parent.iterdir()} == {"step_00000007", "LATEST"}
+    assert {p.name for p in path.iterdir()} == {"model.safetensors", "state.pt", MANIFEST}
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    target = tmp_path / "file"
-    commit_text(target, "old")
-
-    def fail_midway(stream):
-        stream.write(b"ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        commit_file(target, fail_midway)
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_file_size_limit_leaves_the_old_file(tmp_path):
-    path = step_file(tmp_path, 1)
-    CommittedCheckpointIO().save_checkpoint(GOOD, path)
-    before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises((OSError, RuntimeError)):
-            CommittedCheckpointIO().save_checkpoint({**GOOD, "large": torch.zeros(10**5)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_kill_while_writing_leaves_whole_files_only(tmp_path):
-    program = textwrap.dedent(
-        """
-        import sys, pathlib
-        from lightning_modules.commit import commit_file
-        target = pathlib.Path(sys.argv[1])
-        def write(stream):
-            for _ in range(2000):
-                stream.write(mark * 100)
-        print("ready", flush=True)
-        for number in range(10**6):
-            mark = bytes([number % 256])
-            commit_file(target, write)
-        """
+def test_manifest_says_what_is_inside(tmp_path):
+    path = save(tmp_path, **{"config.yaml": "a: 1\n"})
+    manifest = verify(path)
+    assert (manifest.step, manifest.epoch, manifest.world_size, manifest.strategy, manifest.token) == (
+        7,
+        1,
+        1,
+        "plain",
+        5,
     )
-    target = tmp_path / "file"
-    for milliseconds in (10, 25, 40, 55, 70):
-        process = subprocess.Popen([sys.executable, "-c", program, str(target)], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(milliseconds / 1000)
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        content = target.read_bytes()
-        assert len(content) == 200_000
-        assert len(set(content)) == 1
-    sweep(tmp_path)
-    assert list(tmp_path.iterdir()) == [target]
+    assert manifest.order == {"committed": 7, "guard": {"seed": 0}}
+    assert set(manifest.files) == {"model.safetensors", "state.pt", "config.yaml"}
+    assert manifest.bytes == sum(p.stat().st_size for p in path.iterdir() if p.name != MANIFEST)
+    assert json.loads((path / MANIFEST).read_text())["step"] == 7
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), "b": torch.ones(4)[::2]},
+        {
+            "scalar": torch.tensor(3),
+            "empty": torch.zeros(0, 2),
+            "half": torch.ones(2).bfloat16(),
+            "flag": torch.tensor(True),
+        },
+    ],
+    ids=["strides", "shapes"],
+)
+def test_every_kind_of_tensor_survives(tmp_path, tensors):
+    shared = torch.arange(6.0)
+    weights = {**tensors, "tied": shared, "tied_too": shared, "part": shared[2:4]}
+    checkpoint = {**state(), "state_dict": weights, "optimizer_states": [weights]}
+    CommittedCheckpointIO().save_checkpoint(checkpoint, step_path(tmp_path, 7))
+    loaded = load_plain(step_path(tmp_path, 7))
+    for found in (loaded["state_dict"], loaded["optimizer_states"][0]):
+        assert found.keys() == weights.keys()
+        assert all(
+            torch.equal(found[name], weights[name]) and found[name].dtype == weights[name].dtype for name in weights
+        )
+
+
+def test_snapshot_shares_nothing_with_what_it_copies():
+    live = {"w": torch.zeros(3), "nested": [torch.zeros(2), ({"x": torch.zeros(1)},)]}
+    copy = snapshot(live)
+    for tensor in (live["w"], live["nested"][0], live["nested"][1][0]["x"]):
+        tensor += 1
+    assert copy == {"w": copy["w"], "nested": [copy["nested"][0], ({"x": copy["nested"][1][0]["x"]},)]}
+    assert not any(t.any() for t in (copy["w"], copy["nested"][0], copy["nested"][1][0]["x"]))
+
+
+def test_thousand_bit_flips_are_all_refused_and_the_previous_one_is_used(tmp_path, caplog):
+    good = save(tmp_path, 1)
+    path = save(tmp_path, 2, **{"config.yaml": "a: 1\n"})
+    files = sorted(file for file in path.iterdir())
+    contents = [file.read_bytes() for file in files]
+    rng = random.Random(0)
+    for _ in range(1000):
+        file, content = rng.choice(list(zip(files, contents, strict=True)))
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+        file.write_bytes(flipped)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            verify(path)
+        assert newest_valid(tmp_path) == good
+        file.write_bytes(content)
+    assert newest_valid(tmp_path) == path
+    assert len(caplog.records) == 1000
+
+
+def test_damage_is_named_with_both_hashes(tmp_path):
+    path = save(tmp_path)
+    record = read_manifest(path).files["model.safetensors"]
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        ValueError, match=rf"'model.safetensors' has sha256 \w+, its manifest says {record.sha256}: it is"
+    ):
+        verify(path)
+    assert verify(path, hashes=False).step == 7
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", MANIFEST])
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_truncated_checkpoint_is_refused(tmp_path, name, share):
+    path = save(tmp_path)
+    os.truncate(path / name, int((path / name).stat().st_size * share))
+    with pytest.raises(ValueError, match=re.escape(name)):
+        load_plain(path)
+
+
+def tampered(path, how):
+    if how == "extra file":
+        (path / "more.pt").touch()
+    elif how == "extra file in a folder":
+        (path / "sub").mkdir()
+        (path / "sub" / "more.pt").touch()
+    elif how == "missing file":
+        (path / "state.pt").unlink()
+    elif how == "no manifest":
+        (path / MANIFEST).unlink()
+    elif how == "linked file":
+        (path / "state.pt").rename(path.parent / "elsewhere.pt")
+        (path / "state.pt").symlink_to(path.parent / "elsewhere.pt")
+    elif how == "linked manifest":
+        (path / MANIFEST).rename(path.parent / "elsewhere.json")
+        (path / MANIFEST).symlink_to(path.parent / "elsewhere.json")
+    elif how == "pipe":
+        os.mkfifo(path / "pipe")
+    elif how == "step changed":
+        reseal(path, step=8)
+    elif how == "schema":
+        reseal(path, schema=2)
+    elif how == "text changed":
+        (path / MANIFEST).write_text((path / MANIFEST).read_text().replace('"step": 7', '"step": 8'))
+    elif how == "blank added":
+        (path / MANIFEST).write_text((path / MANIFEST).read_text() + " ")
+    elif how == "no JSON":
+        (path / MANIFEST).write_text("[" * 100_000)
+    else:
+        record = read_manifest(path).files["state.pt"]
+        reseal(path, files={**read_manifest(path).files, how: record})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("extra file", "'more.pt' is not in its manifest"),
+        ("extra file in a folder", "'sub/more.pt' is not in its manifest"),
+        ("missing file", "'state.pt' is missing"),
+        ("no manifest", "is no committed checkpoint: it has no MANIFEST.json"),
+        ("linked file", "'state.pt' is a link or no plain file"),
+        ("linked manifest", "is no plain file of at most"),
+        ("pipe", "'pipe' is a link or no plain file"),
+        ("step changed", "holds step 8: it was renamed"),
+        ("schema", "has schema 2, this program reads 1; use the version that wrote it"),
+        ("text changed", "is damaged: it does not have the sha256"),
+        ("blank added", "is damaged: it does not have the sha256"),
+        ("no JSON", "is no manifest"),
+        *[
+            (name, "does not lie plainly in its folder")
+            for name in (
+                "../state.pt",
+                "/etc/passwd",
+                "a/../../b",
+                "a//b",
+                "./state.pt",
+                "a/..",
+                "",
+                "x\ny",
+                "a\\b",
+                MANIFEST,
+            )
+        ],
+    ],
+)
+def test_tampered_checkpoint_is_refused(tmp_path, how, message):
+    path = save(tmp_path)
+    tampered(path, how)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        verify(path, hashes=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_plain(path)
+    assert newest_valid(tmp_path) is None
+
+
+@given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
+def test_any_bytes_are_a_manifest_or_a_value_error(content):
+    with pytest.raises(ValueError):
+        parse(content.decode())
+
+
+@given(
+    st.dictionaries(st.from_regex(r"[a-z_]{1,8}(/[a-z.]{1,4}[a-z])?", fullmatch=True), st.integers(0), max_size=4),
+    st.integers(0, 10**9),
+)
+def test_manifest_reads_back_as_written(sizes, step):
+    files = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
+    manifest = Manifest(step, 0, 2, "plain", {"committed": 1, "guard": {"seed": 3}}, "d", "c", None, 1, 9, files)
+    assert parse(render(manifest)) == manifest
+
+
+def test_linked_checkpoint_is_refused_loudly(tmp_path, caplog):
+    outside = save(tmp_path / "outside", 9)
+    good = save(tmp_path / "run", 3)
+    step_path(tmp_path / "run", 9).symlink_to(outside)
+    assert newest_valid(tmp_path / "run") == good
+    assert "step_00000009 is a symbolic link, which is never followed" in caplog.text
+    assert "falling back to the checkpoint before it" in caplog.text
+
+
+def test_latest_is_read_only_where_it_lies(tmp_path):
+    path = save(tmp_path)
+    assert read_latest(tmp_path / "LATEST") == path
+    for text in ("../../etc", "/etc/passwd", "step_1", "step_00000007\nx", ""):
+        (tmp_path / "LATEST").write_text(text)
+        with pytest.raises(ValueError, match="which is no checkpoint beside it; give the checkpoint's directory"):
+            read_latest(tmp_path / "LATEST")
+    (tmp_path / "other").write_text("step_00000007")
+    (tmp_path / "LATEST").unlink()
+    (tmp_path / "LATEST").symlink_to(tmp_path / "other")
+    with pytest.raises(ValueError, match="LATEST is a symbolic link, which is never followed"):
+        read_latest(tmp_path / "LATEST")
 
 
 def test_objects_are_never_unpickled(tmp_path):
-    path = step_file(tmp_path, 1)
-    torch.save({"global_step": 1, "callbacks": Evil()}, path)
-    with pytest.raises(ValueError, match=f"checkpoint {re.escape(str(path))} cannot be read as tensors and plain"):
+    path = save(tmp_path)
+    torch.save({"global_step": 7, "callbacks": Evil()}, path / "state.pt")
+    reseal(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path / 'state.pt'))} cannot be read as tensors and plain"):
         CommittedCheckpointIO().load_checkpoint(path, weights_only=False)
-    path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_plain(path)
-    assert not Path("/nonexistent-canary").exists()
+    for name in ("state.pt", "model.safetensors"):
+        (path / name).write_bytes(pickle.dumps(Evil()))
+        reseal(path)
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_plain(path)
+    assert not CANARY.exists()
 
 
-@pytest.mark.parametrize("size", [0, 100, 1000], ids="{}B".format)
-def test_truncated_checkpoint_is_refused(tmp_path, size):
-    path = step_file(tmp_path, 1)
-    CommittedCheckpointIO().save_checkpoint(GOOD, path)
-    os.truncate(path, size)
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_plain(path)
-
-
-def test_other_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"checkpoint .*none.ckpt does not exist"):
-        load_plain(tmp_path / "none.ckpt")
-    torch.save({"w": torch.zeros(1)}, tmp_path / "weights.pt")
+def test_other_things_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint .*none does not exist"):
+        load_plain(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"file is no directory"):
+        load_plain(tmp_path / "file")
+    path = save(tmp_path)
+    torch.save({"w": torch.zeros(1)}, path / "state.pt")
+    save_file({"w": torch.zeros(1)}, path / "model.safetensors")
+    reseal(path)
     with pytest.raises(ValueError, match=r"is no training checkpoint; for plain weights use --model\.backbone"):
-        load_plain(tmp_path / "weights.pt")
+        load_plain(path)
 
 
 def test_listing_is_by_step_and_without_temporaries(tmp_path):
-    for name in (
-        "step_00000010.ckpt",
-        "step_00000009.ckpt",
-        "step_123456789.ckpt",
-        "step_00000011.ckpt.tmp-ab",
-        "x.ckpt",
-    ):
-        (tmp_path / name).touch()
-    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [9, 10, 123456789]
+    names = ["step_00000010", "step_00000009-2", "step_00000009", "step_123456789", "step_00000011.tmp-ab"]
+    for name in [*names, "step_00000012.superseded", "step_1", "x"]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000013").touch()
+    assert [path.name for path in list_checkpoints(tmp_path)] == [names[2], names[1], names[0], names[3]]
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [9, 9, 10, 123456789]
+    assert list_checkpoints(tmp_path / "none") == []
 
 
-def test_step_of_a_renamed_file_comes_from_its_content(tmp_path):
-    torch.save(GOOD, tmp_path / "mine.ckpt")
-    assert step_of(tmp_path / "mine.ckpt") == 7
+def test_step_of_a_renamed_directory_comes_from_its_manifest(tmp_path):
+    save(tmp_path).rename(tmp_path / "mine")
+    assert step_of(tmp_path / "mine") == 7
+    assert load_plain(tmp_path / "mine")["global_step"] == 7
+
+
+def test_newest_and_ranked_stay_and_damaged_ones_do_not_count(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    (step_path(tmp_path, 5) / "state.pt").unlink()
+    assert [step_of(path) for path in surplus(tmp_path, {1}, keep_last=2)] == [2]
+    shutil.copytree(step_path(tmp_path, 4), tmp_path / "step_00000004-2")
+    assert [path.name for path in surplus(tmp_path, {1}, keep_last=2)] == ["step_00000002", "step_00000004"]
+    prune(tmp_path, [Score(1, 0.5)], CheckpointConfig())
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [1, 3, 4, 5]
+    assert read_scores(tmp_path) == [Score(1, 0.5)]
+
+
+def test_tidying_sets_later_ones_aside_and_sweeps(tmp_path):
+    for _ in range(2):
+        for step in (1, 2, 3):
+            if not step_path(tmp_path, step).exists():
+                save(tmp_path, step)
+        (tmp_path / "step_00000004.tmp-0").mkdir()
+        (tmp_path / "step_00000004.tmp-0" / "state.pt").touch()
+        assert tidy(tmp_path, 1) == {1}
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"LATEST", "step_00000001", "step_00000002.superseded", "step_00000003.superseded"}
+        assert (tmp_path / "LATEST").read_text() == "step_00000001\n"
 
 
 def test_scores_survive_the_disk(tmp_path):
@@ -180,10 +378,11 @@ def test_ranking_keeps_the_best(rows, keep, maximise):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep_last": 0}, "checkpoint.keep_last 0 must be 1 or above"),
+        ({"keep_last": 1}, "checkpoint.keep_last 1 must be 2 or above"),
+        ({"max_failures": 0}, "checkpoint.max_failures 0 must be 1 or above"),
         ({"every_n_steps": -1}, "checkpoint.every_n_steps -1 must be 0 or above; 0 turns it off"),
     ],
-    ids=["keep_last", "every_n_steps"],
+    ids=["keep_last", "max_failures", "every_n_steps"],
 )
 def test_options_are_refused_with_their_value(options, message):
     with pytest.raises(ValueError, match=message):

@@ -55,7 +55,7 @@ def test_version(capsys):
         ([*FIT, "--model.optim.lr", "-1"], "error: optim.lr -1.0 must be above 0, for example 1e-3"),
         ([*FIT, "--model.backbone.name", "mirrorla_tini"], "'mirrorla_tini' is unknown: did you mean 'mirrorla_ti"),
         ([*FIT, "--model", "os.Foo"], "model 'os.Foo' (command line) is outside the allowed packages"),
-        ([*FIT, "--ckpt_path", "nope"], "error: ckpt_path nope is no file and no run directory; use last, best, a"),
+        ([*FIT, "--ckpt_path", "nope"], "error: ckpt_path nope does not exist; use last, best, a"),
         ([*FIT, "extra"], "mirrorla fit: error: unrecognized arguments: extra"),
         (["test", *FIT[1:], "--run_dir", "nowhere"], "nowhere/checkpoints holds no checkpoint; train with"),
         (["shards"], "error: which one? mirrorla shards pack|index|verify|info"),
@@ -93,7 +93,7 @@ def test_mistakes_are_refused_in_one_line(words, message, capsys, tmp_path, monk
             "error: run_dir file/run cannot be written (Not a directory); give another",
         ),
         (["--trainer.devices", "zero"], "error: trainer: "),
-        (["--checkpoint.keep_last", "0"], "error: checkpoint.keep_last 0 must be 1 or above"),
+        (["--checkpoint.keep_last", "0"], "error: checkpoint.keep_last 0 must be 2 or above"),
     ],
     ids=["classes", "batch", "data", "run_dir", "devices", "retention"],
 )
@@ -139,9 +139,9 @@ def test_interrupted_verb_exits_with_130(monkeypatch, capsys):
 
 def test_occupied_run_is_refused(digits, capsys, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "step_00000003.ckpt").touch()
+    (tmp_path / "checkpoints" / "step_00000003").mkdir()
     assert cli.main([*FIT, f"--data.path={digits}", f"--run_dir={tmp_path}"]) == 2
-    assert "already holds step_00000003.ckpt; continue it with --ckpt_path last" in capsys.readouterr().err
+    assert "already holds step_00000003; continue it with --ckpt_path last" in capsys.readouterr().err
 
 
 def test_shards_are_packed_and_described(tmp_path, capsys):

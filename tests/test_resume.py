@@ -156,7 +156,7 @@ def test_resume_gives_the_uninterrupted_run(tmp_path, digits, uninterrupted, hoo
     with pytest.raises(StopRequested, match="SIGTERM") as stopped:
         fit(tmp_path, digits, SignalAt(hook, count))
     assert (stopped.value.step, stopped.value.exit_code) == (step, 143)
-    assert newest(RunDirectory(tmp_path)).name == f"step_{step:08d}.ckpt"
+    assert newest(RunDirectory(tmp_path)).name == f"step_{step:08d}"
     fit(tmp_path, digits, word="last")
     assert_same_run(tmp_path, uninterrupted)
 
@@ -185,7 +185,7 @@ def test_crash_between_checkpoints_repeats_no_step_in_the_curve(tmp_path, digits
 
     with pytest.raises(RuntimeError, match="power cut"):
         fit(tmp_path, digits, Crash(), every_n_steps=3)
-    assert newest(RunDirectory(tmp_path)).name == "step_00000003.ckpt"
+    assert newest(RunDirectory(tmp_path)).name == "step_00000003"
     fit(tmp_path, digits, word="last")
     assert_same_run(tmp_path, uninterrupted)
 
@@ -206,7 +206,7 @@ def test_longer_training_goes_on_from_the_end(tmp_path, digits):
     options = {"max_epochs": -1, "limit_val_batches": 0}
     fit(whole, digits, max_steps=7, **options)
     fit(parts, digits, max_steps=3, **options)
-    assert newest(RunDirectory(parts)).name == "step_00000003.ckpt"
+    assert newest(RunDirectory(parts)).name == "step_00000003"
     fit(parts, digits, word="last", max_steps=7, **options)
     assert final(parts)["global_step"] == final(whole)["global_step"] == 7
     assert final(parts)["ClassificationDataModule"] == final(whole)["ClassificationDataModule"]
@@ -225,8 +225,8 @@ def test_validation_inside_an_epoch_survives_a_stop_in_it(tmp_path, digits):
 def test_earlier_checkpoint_sets_later_ones_aside(tmp_path, digits):
     fit(tmp_path, digits, every_n_steps=2, max_epochs=1)
     first = list_checkpoints(tmp_path / "checkpoints")[0]
-    assert first.name == "step_00000004.ckpt"
+    assert first.name == "step_00000004"
     with pytest.raises(StopRequested):
         fit(tmp_path, digits, SignalAt("train_batch", 1), word=str(first), max_epochs=2)
-    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000004.ckpt", "step_00000005.ckpt"]
-    assert (tmp_path / "checkpoints" / "step_00000005.ckpt.superseded").is_file()
+    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000004", "step_00000005"]
+    assert (tmp_path / "checkpoints" / "step_00000005.superseded").is_dir()

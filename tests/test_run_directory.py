@@ -1,13 +1,13 @@
 """Where a run is written and which checkpoint a word means."""
 
-import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from lightning_modules.attempts import begin_attempt, end_attempt
-from lightning_modules.checkpoint import Score, step_file, write_scores
+from lightning_modules.checkpoint import Score, step_path, write_scores
+from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.run_directory import RunDirectory, default_run_dir, resolve_checkpoint
 
 
@@ -18,10 +18,20 @@ def run(tmp_path):
     return directory
 
 
+def save(run, step):
+    checkpoint = {"global_step": step, "state_dict": {"w": torch.zeros(1)}}
+    CommittedCheckpointIO().save_checkpoint(checkpoint, step_path(run.checkpoints, step))
+
+
+def damage(run, step):
+    path = step_path(run.checkpoints, step) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+
+
 @pytest.fixture
 def trained(run):
     for step in (10, 20, 30):
-        step_file(run.checkpoints, step).touch()
+        save(run, step)
     write_scores(run.checkpoints, "val/top1", [Score(40, 0.99), Score(20, 0.9)])  # 40 was removed by hand
     return run
 
@@ -58,14 +68,31 @@ def test_unwritable_run_dir_is_refused(tmp_path):
     [("last", True, 30), ("best", True, 20), ("last", False, 30), ("best", False, 20), (None, False, 20)],
 )
 def test_words_mean_checkpoints(trained, word, training, step):
-    assert resolve_checkpoint(word, trained, training=training) == step_file(trained.checkpoints, step)
+    assert resolve_checkpoint(word, trained, training=training) == step_path(trained.checkpoints, step)
+
+
+@pytest.mark.parametrize(
+    ("word", "training", "step"),
+    [("last", True, 20), ("last", False, 20), ("best", False, 30)],
+)
+def test_damaged_checkpoint_gives_way_loudly_to_the_next(trained, caplog, word, training, step):
+    write_scores(trained.checkpoints, "val/top1", [Score(20, 0.9), Score(30, 0.8)])
+    damaged = 30 if word == "last" else 20
+    damage(trained, damaged)
+    assert resolve_checkpoint(word, trained, training=training) == step_path(trained.checkpoints, step)
+    (line,) = caplog.messages
+    assert re.search(rf"refused .*step_000000{damaged}: 'model.safetensors' has sha256 .* falling back", line)
+    with pytest.raises(ValueError, match=r"'model\.safetensors' has sha256"):
+        resolve_checkpoint(str(step_path(trained.checkpoints, damaged)), trained, training=training)
+    assert resolve_checkpoint(word, trained, training=training, hashes=False) == step_path(trained.checkpoints, damaged)
 
 
 def test_other_runs_and_files_mean_themselves(trained, tmp_path):
     other = RunDirectory(tmp_path / "other")
-    assert resolve_checkpoint(str(trained.root), other, training=True) == step_file(trained.checkpoints, 30)
-    assert resolve_checkpoint(str(trained.root), other, training=False) == step_file(trained.checkpoints, 20)
-    path = str(step_file(trained.checkpoints, 10))
+    assert resolve_checkpoint(str(trained.root), other, training=True) == step_path(trained.checkpoints, 30)
+    assert resolve_checkpoint(str(trained.root), other, training=False) == step_path(trained.checkpoints, 20)
+    assert resolve_checkpoint(str(trained.checkpoints / "LATEST"), other, training=True).name == "step_00000030"
+    path = str(step_path(trained.checkpoints, 10))
     assert resolve_checkpoint(path, other, training=True) == Path(path)
 
 
@@ -78,11 +105,13 @@ def test_requeued_job_starts_from_nothing_with_the_same_command(run):
 @pytest.mark.parametrize(
     ("word", "training", "message"),
     [
-        (None, True, "already holds step_00000030.ckpt; continue it with --ckpt_path last, or give another --run_dir"),
-        ("http://host/x.ckpt", True, "ckpt_path 'http://host/x.ckpt' is a remote address"),
-        ("nowhere", False, "ckpt_path nowhere is no file and no run directory; use last, best, a file or a run"),
+        (None, True, "already holds step_00000030; continue it with --ckpt_path last, or give another --run_dir"),
+        ("http://host/x", True, "ckpt_path 'http://host/x' is a remote address; copy the directory here first"),
+        ("s3://bucket/x", False, "ckpt_path 's3://bucket/x' is a remote address"),
+        (__file__, True, "is a file; a checkpoint is a directory, weights go to --model.backbone.pretrained"),
+        ("nowhere", False, "ckpt_path nowhere does not exist; use last, best, a checkpoint directory or a run"),
     ],
-    ids=["occupied", "remote", "missing"],
+    ids=["occupied", "http", "s3", "file", "missing"],
 )
 def test_refusals(trained, word, training, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
@@ -92,16 +121,3 @@ def test_refusals(trained, word, training, message):
 def test_best_of_an_empty_run_is_refused(run):
     with pytest.raises(FileNotFoundError, match=r"ckpt_path best: nothing in .*checkpoints yet; train with"):
         resolve_checkpoint("best", run, training=True)
-
-
-def test_attempts_say_why_they_start(tmp_path):
-    first = begin_attempt(tmp_path, 0)
-    assert (first.number, first.reason) == (1, "first start")
-    end_attempt(tmp_path, 120, "SIGTERM")
-    second = begin_attempt(tmp_path, 120)
-    assert (second.number, second.reason) == (2, "SIGTERM")
-    with (tmp_path / "attempts.jsonl").open("a") as stream:
-        stream.write('{"event": "en')  # cut short by a kill
-    third = begin_attempt(tmp_path, 120)
-    assert (third.number, third.reason) == (3, "killed or crashed")
-    assert str(third) == f"attempt 3, process {os.getpid()}, resumed at step 120, reason: killed or crashed"

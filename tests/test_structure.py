@@ -19,10 +19,10 @@ ALLOWED = {
     "lightning_modules": {
         *("lightning_modules", "mirrorla", "datamodules", "cluster", "torch", "torchvision", "timm"),
         *("lightning", "torchmetrics", "tensorboard", "jsonargparse", "matplotlib", "numpy", "yaml", "rich", "PIL"),
-        *("safetensors", "tqdm"),
+        *("safetensors", "tqdm", "deepspeed", "faster_coco_eval"),
     },
 }
-MODULE_ONLY = {"datamodules/module.py": {"lightning"}, "datamodules/remote.py": {"aiohttp"}}
+MODULE_ONLY = {"datamodules/base_module.py": {"lightning"}, "datamodules/remote.py": {"aiohttp"}}
 
 
 def imports(path):

@@ -73,6 +73,7 @@ def run(data, checkpoint, out, devices):
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "The .srun. command is available", UserWarning)
     warnings.filterwarnings(
         "ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning
     )  # Lightning 2.6

@@ -2,11 +2,15 @@
 
 The handler (stop_signals.py) only sets a flag. The flag is looked at between two optimizer steps, and between the
 batches of a validation, so that Ctrl-C never waits for a long one: it is then repeated in full after the resume.
+The clock (checkpoint.max_minutes) and a disk that stays full end a training at the same places.
 """
 
 import signal
+import time
+from enum import IntEnum
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_modules import stop_signals
@@ -14,16 +18,27 @@ from lightning_modules.callbacks.checkpointing import Moment, RunCheckpoints
 from lightning_modules.stop_signals import StopRequested
 
 
+class Stop(IntEnum):
+    """Why a training ends early; of several reasons on several ranks the highest counts."""
+
+    NO = 0
+    CLOCK = 1
+    SIGNAL = 2
+    NO_SPACE = 3
+
+
 class StopOnSignal(Callback):
     """Turn a remembered stop signal into an agreed, saved stop.
 
     Args:
         checkpoints: what commits the state of a training; None while only evaluating.
+        max_minutes: also stop after this much time; 0 = never.
     """
 
-    def __init__(self, checkpoints: RunCheckpoints | None) -> None:
+    def __init__(self, checkpoints: RunCheckpoints | None, max_minutes: float = 0.0) -> None:
         self.has_started = False
         self._checkpoints = checkpoints
+        self._ends_at_s = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
         self.validated_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,15 +116,28 @@ class StopOnSignal(Callback):
         """A signal during the set-up ends the run here: there is nothing to save yet."""
         self.has_started = True
         stop_signals.install()
-        if _any_rank_asked(trainer):
-            _leave(trainer)
+        if (stop := self._agreed(trainer)) is not Stop.NO:
+            _leave(trainer, stop)
 
     def _stop_if_asked(self, trainer: Trainer, moment: Moment) -> None:
-        if not _any_rank_asked(trainer):
+        stop = self._agreed(trainer)
+        if stop is Stop.NO:
             return
         if self._checkpoints is not None and trainer.state.fn == "fit":
-            self._checkpoints.save(trainer, moment)
-        _leave(trainer)
+            self._checkpoints.save_and_wait(trainer, moment)
+            if stop is Stop.NO_SPACE:  # the last try of all succeeded
+                return
+        _leave(trainer, stop)
+
+    def _agreed(self, trainer: Trainer) -> Stop:
+        """This rank's reason to stop, or another's."""
+        stop = Stop.SIGNAL if stop_signals.received() else Stop.CLOCK if time.monotonic() > self._ends_at_s else Stop.NO
+        if self._checkpoints is not None and self._checkpoints.has_failed:
+            stop = Stop.NO_SPACE
+        if trainer.world_size == 1:
+            return stop
+        device = trainer.strategy.root_device
+        return Stop(int(trainer.strategy.reduce(torch.tensor(int(stop), device=device), reduce_op="max")))
 
 
 def has_started(trainer: Trainer) -> bool:
@@ -124,11 +152,8 @@ def is_validated(trainer: Trainer) -> bool:
     return any(isinstance(c, StopOnSignal) and c.validated_step == trainer.global_step for c in callbacks)
 
 
-def _any_rank_asked(trainer: Trainer) -> bool:
-    asked = stop_signals.received() is not None
-    return bool(trainer.strategy.reduce_boolean_decision(asked, all=False)) if trainer.world_size > 1 else asked
-
-
-def _leave(trainer: Trainer) -> NoReturn:
+def _leave(trainer: Trainer, stop: Stop) -> NoReturn:
     """A rank that was only told by others reports SIGTERM."""
+    if stop is Stop.CLOCK:
+        raise StopRequested(signal.SIGUSR1, trainer.global_step, "max_minutes")
     raise StopRequested(stop_signals.received() or signal.SIGTERM, trainer.global_step)

@@ -6,28 +6,28 @@ import sys
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_modules.attempts import begin_attempt, end_attempt
+from lightning_modules.attempts import Attempt
 from lightning_modules.commit import commit_text
 from lightning_modules.environment import describe_environment, redact
 from lightning_modules.run_directory import RunDirectory
-from lightning_modules.stop_signals import StopRequested
 from lightning_modules.tensorboard import Tag, as_markdown
 
 _log = logging.getLogger("mirrorla")
 
 
 class RunRecord(Callback):
-    """Record a training on rank 0: config.yaml, environment.json, attempts.jsonl and the same as TensorBoard texts.
+    """Record a training on rank 0: config.yaml, environment.json, and the same with the attempt as TensorBoard texts.
 
     Args:
         run: the run directory.
         config: the resolved configuration as YAML.
+        attempt: this start of the run; None on other ranks, or where attempts are not counted.
     """
 
-    def __init__(self, run: RunDirectory, config: str) -> None:
+    def __init__(self, run: RunDirectory, config: str, attempt: Attempt | None) -> None:
         self._run = run
         self._config = redact(config)
-        self._has_begun = False
+        self._attempt = attempt
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record of this attempt."""
@@ -36,26 +36,15 @@ class RunRecord(Callback):
         environment = json.dumps(describe_environment(sys.argv), indent=2)
         commit_text(self._run.config, self._config)
         commit_text(self._run.environment, environment + "\n")
-        attempt = begin_attempt(self._run.root, trainer.global_step)
-        self._has_begun = True
-        _log.info("%s", attempt)
+        if self._attempt is not None:
+            _log.info("%s", self._attempt)
         if trainer.logger is None:
             return
         writer, step = trainer.logger.experiment, trainer.global_step  # type: ignore[attr-defined]
         writer.add_text(Tag.CONFIG, as_markdown(self._config), step)
         writer.add_text(Tag.ENVIRONMENT, as_markdown(environment, "json"), step)
-        writer.add_text(Tag.ATTEMPT, str(attempt), step)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the attempt."""
-        if self._has_begun:
-            end_attempt(self._run.root, trainer.global_step, "completed")
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the attempt with what ended it."""
-        if self._has_begun:
-            reason = exception.number.name if isinstance(exception, StopRequested) else type(exception).__name__
-            end_attempt(self._run.root, trainer.global_step, reason)
+        if self._attempt is not None:
+            writer.add_text(Tag.ATTEMPT, str(self._attempt), step)
 
 
 class Introduction(Callback):
