@@ -57,5 +57,6 @@ test-slow: lint slurm
 	@$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: $(STAMP)
-	@$(BIN)/python -m benchmarks.attention
-	@$(BIN)/python -m benchmarks.loader
+	@$(BIN)/mirrorla bench attention
+	@$(BIN)/mirrorla bench attention --over tokens
+	@$(BIN)/mirrorla bench loader

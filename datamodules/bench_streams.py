@@ -26,7 +26,7 @@ from datamodules.order import OrderSpec
 from datamodules.reader import ShardReader, read_at
 from datamodules.sampler import TrainBatchSampler
 from datamodules.tasks import CLASSIFICATION
-from datamodules.transforms import TrainTransform, seeded, train_pipeline
+from datamodules.transforms import TrainTransform, generators_kept, seeded, train_pipeline
 from datamodules.types import BatchRequest, LoadedSample
 from datamodules.worker import worker_context
 
@@ -94,8 +94,9 @@ class StageDataset(Dataset[Any]):
 
     def __getitems__(self, request: BatchRequest) -> list[int]:
         """Serve one request; returns the ids."""
-        for sample in request.ids.tolist():
-            self._take(sample)
+        with generators_kept():
+            for sample in request.ids.tolist():
+                self._take(sample)
         return list(request.ids.tolist())
 
     def _take(self, sample: int) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from datamodules.decode import IMAGE_EXTENSIONS, decode_image
 from datamodules.reader import RawSample
 from datamodules.tasks import Task
-from datamodules.transforms import seeded
+from datamodules.transforms import generators_kept, seeded
 from datamodules.types import PADDING_ID, BatchRequest, CorruptSampleError, DataError, Fault, LoadedSample
 from datamodules.worker import memory_message, note, note_idle
 
@@ -141,9 +141,10 @@ def serve_all(dataset: SampleDataset | JoinedDataset, request: BatchRequest) -> 
     sample = PADDING_ID
     try:
         samples = []
-        for sample, epoch, repeat, weight in request.slots():
-            note(sample)
-            samples.append(dataset.serve(sample, epoch, repeat, weight))
+        with generators_kept():
+            for sample, epoch, repeat, weight in request.slots():
+                note(sample)
+                samples.append(dataset.serve(sample, epoch, repeat, weight))
         return samples
     except DataError as error:
         return error

@@ -220,8 +220,6 @@ def denormalise(images: Tensor, mean: tuple[float, float, float], std: tuple[flo
 def seeded(seed: int, epoch: int, sample: int, repeat: int) -> Iterator[None]:
     """Seed random, NumPy and torch's CPU generator from one sample's key; afterwards they go on as if untouched.
 
-    Only NumPy's legacy normal numbers, which are made in pairs, go on with a new pair.
-
     Args:
         seed: of the run.
         epoch: pass over the data.
@@ -229,21 +227,32 @@ def seeded(seed: int, epoch: int, sample: int, repeat: int) -> Iterator[None]:
         repeat: which copy of the sample.
     """
     key = hash_key(seed, epoch, Role.AUGMENTATION, sample, repeat)
-    generator = torch.default_generator  # torch.manual_seed would also queue a seed for every GPU, on every sample
-    states = random.getstate(), generator.get_state()
-    numpy = (
-        np.random.mtrand.get_bit_generator()
-    )  # to lend timm another one takes 2 us, to copy its state and back 50 us
-    np.random.mtrand.set_bit_generator(_LENT)
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002
-    generator.manual_seed(key >> 1)
+    with generators_kept():
+        random.seed(key)
+        np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002
+        torch.default_generator.manual_seed(key >> 1)  # torch.manual_seed would also queue a seed for every GPU
+        yield
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Let random, NumPy and torch's CPU generator go on afterwards as if untouched; inside another one, nothing.
+
+    Around a batch it costs once what `seeded` would cost for every sample. Only NumPy's legacy normal numbers, which
+    are made in pairs, go on with a new pair.
+    """
+    if np.random.mtrand.get_bit_generator() is _LENT:
+        yield
+        return
+    states = random.getstate(), torch.default_generator.get_state()
+    numpy = np.random.mtrand.get_bit_generator()
+    np.random.mtrand.set_bit_generator(_LENT)  # 2 us; to copy the state and back takes 50 us
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.mtrand.set_bit_generator(numpy)
-        generator.set_state(states[1])
+        torch.default_generator.set_state(states[1])
 
 
 def _check_train(transform: TrainTransform) -> None:

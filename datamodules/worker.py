@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -98,6 +99,10 @@ def worker_context(start: StartMethod) -> BaseContext:
     context = mp.get_context(start)
     if start == "forkserver":
         context.set_forkserver_preload(["__main__", "datamodules.loader"])
+        # SLURM's early warning reaches every process of a job; the server and its workers leave it to the trainer.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 

@@ -17,7 +17,6 @@ from lightning_modules.run_directory import default_run_dir
 
 _KILLED = 137
 """A rank that something killed (a lost node, no memory): the job goes on, as long as it gets anywhere."""
-_UNFIT_NODE = 80
 _OURS = {"--run_dir", "--ckpt_path", "--trainer.num_nodes", "--trainer.devices"}
 _FORMS = """\
   --slurm NAME|FILE     what to ask SLURM for: a packaged name (slurm/debug) or a YAML file with a section `slurm`;
@@ -158,7 +157,7 @@ def script_of(request: Request) -> tuple[str, dict[str, str]]:
         run=request.run,
         folder=Path.cwd(),
         interpreter=sys.executable,
-        requeue_codes=(*codes, _KILLED, _UNFIT_NODE),
+        requeue_codes=(*codes, _KILLED),
         crash_loop_code=int(ExitCode.CRASH_LOOP),
     )
     return sbatch.render(request.slurm, job), copies

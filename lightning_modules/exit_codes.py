@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     CRASH_LOOP = 77
     NOT_FINITE = 78
     LEASE_LOST = 79
+    UNFIT_NODE = 80  # cluster/launch.py ends with it before this package can be imported
     INTERRUPTED = 128 + signal.SIGINT
     PREEMPTED = 128 + signal.SIGUSR1
     TERMINATED = 128 + signal.SIGTERM
@@ -50,6 +51,7 @@ MEANINGS: dict[ExitCode, Meaning] = {
     ExitCode.CRASH_LOOP: Meaning("restarts made no progress", False),
     ExitCode.NOT_FINITE: Meaning("the loss stays not finite; see bundles/", False),
     ExitCode.LEASE_LOST: Meaning("another job took the run directory over", False),
+    ExitCode.UNFIT_NODE: Meaning("a node failed its check", True),
     ExitCode.INTERRUPTED: Meaning("stopped by SIGINT, checkpoint committed", False),
     ExitCode.PREEMPTED: Meaning("stopped by SIGUSR1, checkpoint committed", True),
     ExitCode.TERMINATED: Meaning("stopped by SIGTERM, checkpoint committed", True),

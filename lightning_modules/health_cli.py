@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster.slurm import job_line
 from lightning_modules.attempts import Record
 from lightning_modules.diagnosis import diagnose
 from lightning_modules.errors import UsageError
@@ -72,6 +73,8 @@ def show_run(console: Console, health: Health) -> None:
     """Print one screen about a run."""
     for label, text in _facts(health):
         console.print(_text(f"{label:12}{text}"), soft_wrap=True)
+    if queued := job_line(health.root):
+        console.print(_text(f"{'queue':12}{queued}"), soft_wrap=True)
     if health.ranks and health.condition in ("running", "lost"):
         console.print(table_of_ranks(health))
     if health.attempts:

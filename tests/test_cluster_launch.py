@@ -11,7 +11,7 @@ import pytest
 
 from cluster import launch, preflight, slurm
 from lightning_modules import cli
-from lightning_modules.cluster_cli import _UNFIT_NODE
+from lightning_modules.exit_codes import ExitCode
 
 WAITING = (
     "import signal, sys, time; signal.signal(10, lambda *_: sys.exit(138)); print('on', flush=True); time.sleep(30)"
@@ -99,7 +99,7 @@ def test_an_unfit_node_is_named_gets_a_strike_and_starts_nothing(tmp_path):
     assert not (tmp_path / "started").exists()
     host, _, reason = (tmp_path / "strikes").read_text().partition(" ")
     assert host == os.uname().nodename and "1e+09 wanted" in reason
-    assert _UNFIT_NODE == launch.UNFIT_NODE
+    assert launch.UNFIT_NODE == ExitCode.UNFIT_NODE
 
 
 def test_the_check_names_devices_disks_shared_memory_and_clocks(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ ONE_STEP_ON_CPU = (
     " --trainer.precision 32-true --trainer.max_steps 1 --data.train_transform.image_size 32"
     " --data.eval_transform.image_size 32 --data.eval_transform.resize 32"
 )
+TWO_STEPS = " --trainer.max_steps 2 --trainer.limit_val_batches 1"
 INSTEAD = {
     "make test": None,  # this is it
     "make train": f"make -C {ROOT} train RUN_DIR=$PWD/runs/digits-classification",
@@ -37,6 +39,8 @@ INSTEAD = {
     "mirrorla fit --config digits/classification --run_dir runs/by-hand": (
         "mirrorla fit --config digits/classification --run_dir runs/by-hand --trainer.max_steps 5"
     ),
+    "mirrorla fit --config digits/detection": f"mirrorla fit --config digits/detection{TWO_STEPS}",
+    "mirrorla fit --config digits/segmentation": f"mirrorla fit --config digits/segmentation{TWO_STEPS}",
     "mirrorla fit --config imagenet/mirrorla_tiny": "mirrorla fit --config imagenet/mirrorla_tiny" + ONE_STEP_ON_CPU,
 }
 
@@ -60,6 +64,7 @@ def folder(tmp_path_factory):
             for index in range(count):
                 pixels = np.random.default_rng([index, len(name)]).integers(0, 255, (40, 48, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "imagenet" / split / name / f"{index}.jpg")
+    shutil.copytree(folder / "imagenet" / "val" / "cat", folder / "photos")
     return folder
 
 

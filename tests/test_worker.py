@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,19 @@ def test_a_sample_that_breaks_the_memory_limit_is_named(big, start):
 
 def test_a_sufficient_memory_limit_changes_nothing(big):
     assert load_big(big, "forkserver", 1.0) == load_big(big, "forkserver", None) == [[0, 1]]
+
+
+def test_a_warning_to_the_whole_job_leaves_the_workers_alone(digits):
+    made = loader(digits, start="forkserver")
+    stream = iter(made)
+    next(stream)
+    (worker,) = made._iterator._workers
+    for pid in (worker.pid, forkserver._forkserver._forkserver_pid):
+        os.kill(pid, signal.SIGUSR1)
+    assert len(next(stream)["id"]) == 32
+    made.close()
+    assert len(next(iter(made))["id"]) == 32  # the server starts another worker
+    made.close()
 
 
 def test_the_board_lists_the_longest_task_first():
