@@ -64,11 +64,17 @@ def test_at_most_eight_tiles_are_shipped_for_an_operation_and_dtype(op):
 
 
 def test_devices_before_ampere_and_float64_are_not_served():
-    assert tiles.supported((8, 0), torch.bfloat16)
-    assert tiles.supported((10, 0), torch.float16)
-    assert tiles.supported(None, torch.float32)
-    assert not tiles.supported((7, 5), torch.float16)
-    assert not tiles.supported((9, 0), torch.float64)
+    assert tiles.hindrance((8, 0), torch.bfloat16, 128, 128) is None
+    assert tiles.hindrance((10, 0), torch.float16, 8, 128) is None
+    assert tiles.hindrance(None, torch.float32, 128, 128) is None
+    assert tiles.hindrance((8, 9), torch.float32, 64, 64) is None
+    assert tiles.hindrance((9, 0), torch.float32, 96, 128) is None
+    assert tiles.hindrance((7, 5), torch.float16, 32, 32) == "no kernel serves float16 on compute capability 7.5"
+    assert tiles.hindrance((9, 0), torch.float64, 32, 32) == "no kernel serves float64 on compute capability 9.0"
+    too_wide = "no kernel serves float32 heads of 96 channels on compute capability 8.6"
+    assert tiles.hindrance((8, 6), torch.float32, 32, 96) == too_wide
+    outside = "heads of 4 and 130 channels are outside 8 to 128"
+    assert tiles.hindrance((9, 0), torch.float16, 4, 130) == tiles.hindrance(None, torch.float16, 4, 130) == outside
 
 
 def test_a_last_stride_other_than_one_is_refused_with_the_tensors_name():

@@ -350,10 +350,8 @@ def test_a_gpu_without_kernels_is_told_why_once(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     operators._hindrance.cache_clear(), operators._warn_once.cache_clear()
-    reason = operators._hindrance(device, torch.float16)
+    reason = operators._hindrance(device, torch.float16, 32, 32)
     assert reason == "no kernel serves float16 on compute capability 7.5"
-    assert operators._unserved_width(8, 128) is None
-    assert operators._unserved_width(4, 130) == "heads of 4 and 130 channels are outside 8 to 128"
     with pytest.warns(UserWarning, match=r"mirrorla: no kernel serves float16 .*; attention runs as plain PyTorch"):
         operators._warn_once(reason)
     with warnings.catch_warnings():

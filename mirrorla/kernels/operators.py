@@ -28,9 +28,6 @@ from mirrorla.kernels import cpu, gradients, reference, tiles
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels on CPU tensors, as their tests want it."""
 
-WIDTHS = range(8, 129)
-"""Channels of a head that the kernels serve."""
-
 _MIRROR = "Tensor? mirror_cos, Tensor? mirror_sin"
 _Q_ROPE = "Tensor? q_cos, Tensor? q_sin"
 _K_ROPE = "Tensor? k_cos, Tensor? k_sin"
@@ -48,37 +45,20 @@ def uses_triton(x: Tensor, dk: int, dv: int) -> bool:
         dv: channels of a head of v.
     """
     if x.device.type == "cpu":
-        return INTERPRETED and tiles.supported(None, x.dtype) and dk in WIDTHS and dv in WIDTHS
+        return INTERPRETED and tiles.hindrance(None, x.dtype, dk, dv) is None
     if x.device.type != "cuda" or x.dtype == torch.float64 or not torch.cuda.is_available():
         return False
-    reason = _hindrance(x.device, x.dtype) or _unserved_width(dk, dv) or _too_wide(x, max(dk, dv))
+    reason = _hindrance(x.device, x.dtype, dk, dv)
     if reason is not None:
         _warn_once(reason)
     return reason is None
 
 
 @functools.cache
-def _hindrance(device: torch.device, dtype: torch.dtype) -> str | None:
+def _hindrance(device: torch.device, dtype: torch.dtype, dk: int, dv: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if not tiles.supported(capability, dtype):
-        name = str(dtype).removeprefix("torch.")
-        return f"no kernel serves {name} on compute capability {capability[0]}.{capability[1]}"
-    return None
-
-
-def _unserved_width(dk: int, dv: int) -> str | None:
-    served = dk in WIDTHS and dv in WIDTHS
-    return None if served else f"heads of {dk} and {dv} channels are outside {WIDTHS[0]} to {WIDTHS[-1]}"
-
-
-def _too_wide(x: Tensor, width: int) -> str | None:
-    """Backward of fp32 heads above 64 channels needs more shared memory than compute capability 8 has."""
-    is_small = torch.cuda.get_device_capability(x.device)[0] < 9
-    if width <= 64 or x.dtype != torch.float32 or not is_small:
-        return None
-    return f"no fp32 kernel for heads of {width} channels fits compute capability 8"
+    return tiles.hindrance(torch.cuda.get_device_capability(device), dtype, dk, dv)
 
 
 @functools.cache

@@ -25,6 +25,10 @@ PART_TOKENS = 256
 """Least tokens of a part: below, loading and storing states outweighs the tokens."""
 
 
+WIDTHS = range(8, 129)
+"""Channels of a head that the kernels serve."""
+
+
 class Tile(NamedTuple):
     """How a kernel is cut: tokens of a tile, warps of a program, depth of its software pipeline."""
 
@@ -33,18 +37,30 @@ class Tile(NamedTuple):
     stages: int
 
 
-def supported(device_capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
-    """Whether the kernels serve a device.
+def hindrance(device_capability: tuple[int, int] | None, dtype: torch.dtype, dk: int, dv: int) -> str | None:
+    """Why the kernels do not serve a call.
 
     Args:
         device_capability: of the CUDA device; None stands for Triton's interpreter.
         dtype: of q, k and v.
+        dk: channels of a head of q and k.
+        dv: channels of a head of v.
 
     Returns:
-        True from compute capability 8.0 on, for fp32, bf16 and fp16.
+        The reason; None where they serve it.
     """
-    served = dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return served and (device_capability is None or device_capability >= (8, 0))
+    name = str(dtype).removeprefix("torch.")
+    if dk not in WIDTHS or dv not in WIDTHS:
+        return f"heads of {dk} and {dv} channels are outside {WIDTHS[0]} to {WIDTHS[-1]}"
+    where, major = "Triton's interpreter", 9
+    if device_capability is not None:
+        major = device_capability[0]
+        where = f"compute capability {major}.{device_capability[1]}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or major < 8:
+        return f"no kernel serves {name} on {where}"
+    if major == 8 and dtype == torch.float32 and max(dk, dv) > 64:  # backward asks for 200 KB of shared memory
+        return f"no kernel serves {name} heads of {max(dk, dv)} channels on {where}"
+    return None
 
 
 def regime(B: int, N: int, M: int, H: int, sm_count: int) -> Regime:
