@@ -48,7 +48,7 @@ class Process:
         except ProcessLookupError:
             return "gone"
         except PermissionError:
-            pass
+            pass  # another user's: it is there, and /proc tells the rest
         start, letter = _start_and_state(self.pid)
         if start != self.start or letter in "ZX":
             return "gone"
