@@ -162,7 +162,7 @@ class _RandomBatches(Sampler[list[int]]):
 
 def _endless(dataset: Any, workers: int, **options: Any) -> Iterator[int]:
     """Batch sizes of a DataLoader over an endless sampler or stream."""
-    context = worker_context("forkserver") if workers else None
+    context = worker_context("forkserver", workers) if workers else None
     loader: DataLoader[Any] = DataLoader(dataset, num_workers=workers, multiprocessing_context=context, **options)
     return (_batch_length(batch) for batch in loader)
 

@@ -66,7 +66,7 @@ class _Loader:
         on_faults: OnFaults,
     ) -> None:
         workers = config.num_workers
-        context = worker_context(config.start)
+        context = worker_context(config.start, workers)
         self._dataset = dataset
         self._config = config
         self._on_faults = on_faults

@@ -6,19 +6,19 @@ is killed for its memory, the trainer can name the sample.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import multiprocessing as mp
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from datamodules.parent import die_with_parent
 
 StartMethod = Literal["forkserver", "spawn", "fork"]
 
@@ -94,11 +94,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def worker_context(start: StartMethod) -> BaseContext:
-    """The multiprocessing context for workers; a fork server imports torch once for all of them."""
+def worker_context(start: StartMethod, workers: int) -> BaseContext:
+    """The multiprocessing context for workers; a fork server, if there are any, imports torch once for all of them."""
     context = mp.get_context(start)
-    if start == "forkserver":
-        context.set_forkserver_preload(["__main__", "datamodules.loader"])
+    if start == "forkserver" and workers:  # seconds of CPU
+        context.set_forkserver_preload(["datamodules.fork_server", "__main__", "datamodules.loader"])
         # SLURM's early warning reaches every process of a job; the server and its workers leave it to the trainer.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         forkserver.ensure_running()
@@ -118,9 +118,7 @@ def start_worker(worker: int, board: Board, memory_gib: float | None) -> None:
         board: where it leaves word.
         memory_gib: memory it may take beyond what it has now; None for no limit.
     """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    die_with_parent()
     trainer = mp.parent_process()
     if trainer is not None:
         threading.Thread(target=_exit_after, args=(trainer,), daemon=True).start()

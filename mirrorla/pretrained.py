@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +51,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors file, or a torch checkpoint of weights, without ever unpickling objects.
 
     Args:
-        path: the file, or the directory of a training checkpoint. Of the latter the averaged weights are taken if it
-            has them, else the model's.
+        path: the file, the directory of a training checkpoint, or that of a run, whose newest checkpoint is taken. Of
+            a checkpoint the averaged weights are taken if it has them, else the model's.
 
     Returns:
         Names, without the prefixes of wrappers and of this project's training modules, to tensors on the CPU; of a
@@ -68,7 +67,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         path = _weights_of_checkpoint(path)
     if not path.is_file():
         raise FileNotFoundError(f"pretrained weights {str(path)!r} do not exist: give a .safetensors or .pt file")
-    state: object = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+    state = _load_file(path)
     for key in ("ema_state_dict", "state_dict_ema", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -129,12 +128,17 @@ def load_pretrained(
 
 
 def _weights_of_checkpoint(folder: Path) -> Path:
-    """The weights of a training checkpoint of this project, compared with the hash in its manifest."""
+    """The weights of a training checkpoint of this project, or of a run's newest, compared with its manifest's hash."""
+    latest = folder / "checkpoints" / "LATEST"
+    if latest.is_file():
+        folder = latest.parent / Path(latest.read_text().strip()).name
     weights = folder / "model.safetensors"
     try:
         files = json.loads((folder / "MANIFEST.json").read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"pretrained weights {str(folder)!r} are a directory and no training checkpoint") from error
+        raise ValueError(
+            f"pretrained weights {str(folder)!r} are a directory, but neither a training checkpoint nor a run"
+        ) from error
     if weights.name not in files:
         raise ValueError(
             f"checkpoint {str(folder)!r} is divided among ranks; gather it first: "
@@ -147,13 +151,16 @@ def _weights_of_checkpoint(folder: Path) -> Path:
     return weights
 
 
-def _load_torch(path: Path) -> object:
+def _load_file(path: Path) -> object:
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # foreign bytes fail anywhere inside a parser, with KeyError or struct.error
+        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"pretrained weights {str(path)!r} are damaged or hold more than tensors, and are refused "
-            f"({str(error).splitlines()[0]}): export them with safetensors"
+            f"({type(error).__name__}: {reason}): export them with safetensors"
         ) from error
 
 

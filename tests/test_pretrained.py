@@ -1,8 +1,16 @@
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mirrorla import MirrorConfig, create_backbone, load_pretrained
+from mirrorla.pretrained import read_weights
 
 
 def weights(model):
@@ -114,3 +122,33 @@ def test_a_peers_classifier_starts_its_dense_twin(tmp_path, name):
     dense = create_dense_backbone(name, pretrained=str(tmp_path / "w.safetensors")).eval()
     image = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(dense(image)[-1], source.forward_features(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@given(data=st.data())
+@settings(max_examples=60)
+def test_damaged_weights_are_refused_in_one_line(suffix, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"w{suffix}")
+        save = torch.save if suffix == ".pt" else save_file
+        save({"a": torch.ones(3, 2)}, path)
+        good = path.read_bytes()
+        damage = st.one_of(st.binary(max_size=64), st.integers(0, len(good) - 1).map(lambda size: good[:size]))
+        path.write_bytes(data.draw(damage | st.just(b"step_00000330\n")))
+        with pytest.raises(ValueError, match=r"are damaged .*export them with safetensors\Z") as caught:
+            read_weights(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_runs_newest_checkpoint_gives_its_weights(tmp_path):
+    checkpoint = tmp_path / "run/checkpoints/step_00000003"
+    checkpoint.mkdir(parents=True)
+    model = pico()
+    save_file(model.state_dict(), checkpoint / "model.safetensors")
+    sha256 = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    (checkpoint / "MANIFEST.json").write_text(json.dumps({"files": {"model.safetensors": {"sha256": sha256}}}))
+    (checkpoint.parent / "LATEST").write_text("step_00000003\n")
+    found = read_weights(tmp_path / "run")
+    assert found.keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="neither a training checkpoint nor a run"):
+        read_weights(tmp_path)

@@ -29,6 +29,7 @@ from datamodules.transforms import EvalTransform
 from datamodules.types import DataError
 from datamodules.worker import Board, Task, worker_context
 
+ROOT = Path(__file__).resolve().parent.parent
 STARTS = ("fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow))
 
 
@@ -150,8 +151,50 @@ def test_a_warning_to_the_whole_job_leaves_the_workers_alone(digits):
     made.close()
 
 
+def test_only_a_loader_with_workers_starts_a_fork_server():
+    program = """
+from multiprocessing import forkserver
+from datamodules.worker import worker_context
+for workers in (0, 1):
+    worker_context("forkserver", workers)
+    print(forkserver._forkserver._forkserver_pid is not None)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
+def test_a_fork_server_ends_with_a_killed_trainer_while_it_still_imports():
+    program = """
+import time
+from multiprocessing import forkserver
+from datamodules.worker import worker_context
+worker_context("forkserver", 1)
+print(forkserver._forkserver._forkserver_pid, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT) as trainer:
+        maps = Path("/proc", trainer.stdout.readline().strip(), "maps")
+        while "_ctypes" not in maps.read_text():  # the first thing that is preloaded loads it
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert "libtorch_cpu" not in maps.read_text(), "the server has imported torch already: nothing is shown"
+        trainer.kill()
+        until = time.monotonic() + 1
+        while is_alive(maps.parent) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not is_alive(maps.parent)
+
+
+def is_alive(process):
+    try:
+        return (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_the_board_lists_the_longest_task_first():
-    board = Board(worker_context("fork"), 3)
+    board = Board(worker_context("fork", 3), 3)
     assert board.tasks() == []
     board.note(2, 7)
     time.sleep(0.02)
@@ -170,7 +213,7 @@ def test_a_training_that_hangs_ends_with_one_line_and_exit_code_one(digits, tmp_
         *("--run_dir", "run", "--data.path", "digits", "--data.num_workers", "1", "--data.timeout_s", "3"),
         *("--data.window", "16", "--trainer.max_epochs", "1000", "--data.batch_size", "16"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path
     ) as process:
