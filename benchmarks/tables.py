@@ -73,7 +73,31 @@ def scale_table(rows: Rows) -> list[str]:
     return [*lines, "", _source("loader_scale", rows[0])]
 
 
+def digits_table(rows: Rows) -> list[str]:
+    """What the digits' configurations reach, each seed by itself.
+
+    Args:
+        rows: of digits.csv.
+
+    Returns:
+        Markdown lines.
+    """
+    lines = ["| configuration | epochs | seeds | score, seed by seed | time |", "|---|---:|---|---|---:|"]
+    for config in dict.fromkeys(row["config"] for row in rows):
+        found = [row for row in rows if row["config"] == config]
+        known = [name for name in _DIGITS_SCORES if found[0][name] != "nan"]
+        percent = {name: ", ".join(f"{100 * float(row[name]):.1f}" for row in found) for name in known}
+        cells = (f"{_DIGITS_SCORES[name]} {values}" for name, values in percent.items())
+        minutes = f"{max(float(row['wall_s']) for row in found) / 60:.1f} min"
+        seeds = ", ".join(row["seed"] for row in found)
+        lines.append(f"| digits/{config} | {found[0]['epochs']} | {seeds} | {'; '.join(cells)} | {minutes} |")
+    return [*lines, "", _source("digits", rows[-1])]
+
+
+_DIGITS_SCORES = {"top1": "top-1 %", "miou": "mIoU %", "box_ap50": "box AP50 %", "mask_ap50": "mask AP50 %"}
+
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
+    "digits": digits_table,
     "attention_cpu": attention_table,
     "loader": loader_table,
     "loader_scale": scale_table,

@@ -55,7 +55,7 @@ def pack(
             segmentation (class maps) scenes are composed of them.
         shard_size_mib: largest size of a tar. 100 to 1000 suits network file systems.
         resize: scale images down to this many pixels on the shorter side (classification); null keeps every byte.
-        scenes: training scenes composed of digits; a fifth as many are added for validation.
+        scenes: training scenes composed of digits; a fifth as many, 400 at most, are added for validation.
         val_labels: imagenet with a flat val folder - file with lines of image name and synset, or LOC_val_solution.csv.
         seed: of the shuffled order in the tars, and of the scenes.
         workers: threads that write tars; their number does not change a byte.

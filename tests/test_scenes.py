@@ -84,6 +84,8 @@ def test_validation_scenes_hold_only_validation_digits(digits):
     train = {image.tobytes() for image in digits["train"].images}
     val = {image.tobytes() for image in digits["val"].images}
     assert train.isdisjoint(val)
+    many = open_source("digits", SourceOptions(task="detection", scenes=8000))
+    assert {split: len(samples) for split, samples in many.splits.items()} == {"train": 8000, "val": 400}
     source = open_source("digits", SourceOptions(task="detection", scenes=10))
     for split, own in (("train", train), ("val", val)):
         for sample in source.splits[split]:
