@@ -1,5 +1,5 @@
 # make train    from nothing to a trained classifier of handwritten digits, on any laptop;
-#               TASK=detection or TASK=segmentation trains on scenes of them
+#               TASK=detection or TASK=segmentation then goes on to scenes of them, from its backbone
 # make rehearse a SLURM job's whole life on this machine: submit, preempt, queue again, resume, finish
 # make test     lint, types and the default tests
 # make bench    the benchmarks that run on a CPU
@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TASK ?= classification
+CLASSIFIER := runs/digits-classification
 RUN_DIR ?= runs/digits-$(TASK)
 STAMP := $(VENV)/.installed
 SLURM := slurmctld slurmd slurm-client munge
@@ -29,7 +30,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(STAMP)
+ifneq ($(TASK),classification)
+	@test -e $(CLASSIFIER)/checkpoints/LATEST || $(MAKE) --no-print-directory train TASK=classification RUN_DIR=$(CLASSIFIER)
+	@$(BIN)/mirrorla fit --config digits/$(TASK) --run_dir $(RUN_DIR) --ckpt_path last --model.backbone.pretrained $(CLASSIFIER)
+else
 	@$(BIN)/mirrorla fit --config digits/$(TASK) --run_dir $(RUN_DIR) --ckpt_path last
+endif
 
 # A real SLURM for tests and rehearsals. The system's services stay as they are: a private cluster starts its own.
 slurm:

@@ -3,6 +3,8 @@
     python -m benchmarks.digits                              every configuration, seed 0
     python -m benchmarks.digits segmentation --seeds 0 1 2   one configuration, three seeds
 
+The backbones of dense tasks start from the classifier of the same seed, as `make train` does it.
+
 Scores are those of the averaged weights on the held-out split after the last epoch, as the run logged them; seconds are
 those of the whole command, on the clock and of the processor. Runs are kept under --runs, and a finished one is only
 evaluated when the command is given again; rows of other configurations and seeds stay in results/digits.csv.
@@ -45,8 +47,13 @@ def train(config: str, seed: int, runs: Path) -> Row:
         CalledProcessError: the training failed; it has said why.
     """
     run = runs / f"{config}-{seed}"
+    classifier = runs / f"{CONFIGS[0]}-{seed}"
+    if config != CONFIGS[0] and not classifier.exists():
+        train(CONFIGS[0], seed, runs)
     command = [sys.executable, "-m", "lightning_modules.cli", "fit", "--config", f"digits/{config}"]
     command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--run_dir", str(run), "--ckpt_path", "last"]
+    if config != CONFIGS[0]:
+        command += ["--model.backbone.pretrained", str(classifier)]
     began_s, cpu_s = time.perf_counter(), _children_cpu_s()
     subprocess.run(command, check=True)
     seconds = {"wall_s": time.perf_counter() - began_s, "cpu_s": _children_cpu_s() - cpu_s}

@@ -131,6 +131,11 @@ class _Loader:
                 if 0 < self._config.timeout_s <= time.monotonic() - began_s:
                     raise DataError(self._hang()) from None
 
+    def loading(self) -> str:
+        """Shard and sample that a data worker has been at for longest; empty while none is busy."""
+        tasks = self._board.tasks()
+        return f"data worker {tasks[0].worker} at {self._where(tasks[0].sample)}" if tasks else ""
+
     def _hang(self) -> str:
         """What the worker that has been at one sample for longest is doing; its stacks go to stderr."""
         limit = f"data.timeout_s {self._config.timeout_s:g}"

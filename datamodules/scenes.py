@@ -2,7 +2,7 @@
 
 Every number is drawn by integer hashing of (seed, split, scene), so a scene never depends on another one or on a
 library's random stream. Digits are placed one after the other; each covers what lies below it, and a place that would
-leave less than 60 % of any digit visible is tried again. Masks hold the visible pixels, boxes enclose them.
+leave less than 75 % of any digit visible is tried again. Masks hold the visible pixels, boxes enclose them.
 
 Legend: H, W pixels of the canvas, n digits in a scene, m digits to choose from.
 """
@@ -33,7 +33,9 @@ _EMPTY_SHARE = 1 / 40  # scenes without a digit: images without objects occur in
 _SCALE = (3.5, 6.5)  # canvas pixels per digit pixel: digits 28 to 52 pixels high
 _MAX_DEGREES = 25.0
 _TRIES = 12
-_VISIBLE = 0.6
+_VISIBLE = 0.75  # of every digit: at 8x8 pixels, what is hidden further is anybody's guess
+_RIM = 4  # the rim is opaque where a digit covers a quarter of a pixel,
+_HIDES = 0.5 / _RIM  # and hides more than it shows from here on
 _BYTES = 12 << 10  # of a scene, about
 
 Grey = NDArray[np.uint8]
@@ -100,7 +102,7 @@ def compose(digits: Grey, key: int) -> Scene:
         for _ in range(_TRIES):
             number = draw.integer(0, len(digits) - 1)
             cover = _placed(draw, digits[number], height, width)
-            after = np.where(cover > 0.25, -1, owner)  # the rim hides what lies below, but belongs to no digit
+            after = np.where(cover > _HIDES, -1, owner)  # the rim hides what lies below, but belongs to no digit
             after[cover > 0.5] = len(areas)
             grown = [*areas, int((cover > 0.5).sum())]
             if grown[-1] and _all_visible(after, grown):
@@ -139,7 +141,7 @@ def _all_visible(owner: NDArray[np.int64], areas: Sequence[int]) -> bool:
 
 def _paint(image: Floats, background: Floats, cover: Floats, ink: Floats) -> None:
     """Paint a digit in place, with a rim of background that sets it off from those below."""
-    rim = np.clip(cover * 4, 0, 1)[..., None]
+    rim = np.clip(cover * _RIM, 0, 1)[..., None]
     solid = np.clip((cover - 0.35) / 0.3, 0, 1)[..., None]
     image[:] = (image * (1 - rim) + background * rim) * (1 - solid) + ink * solid
 
