@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from benchmarks.common import RESULTS, provenance, write_csv
 

@@ -4,6 +4,7 @@
     python -m benchmarks.kernel_resources --arch 90 --dtype bf16 --width 64 --output /tmp/rows.csv
 
 The arguments are those of real launches: every entry point runs on tensors without data while launches are recorded.
+What several cases share is compiled once, and Triton caches it: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ SHAPES: dict[tiles.Regime, tuple[int, int, int]] = {
     "split": (1, 16, 65536),
 }
 """(B, H, N) that fall into each regime."""
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+"""What a launch tells the compiler beside its arguments."""
+
+CUT = {"block": ("BLOCK", 0), "warps": ("num_warps", 4), "stages": ("num_stages", 3), "values": ("BLOCK_DV", 0)}
+"""Columns that say how a kernel is cut: the argument, and what stands for one that a launch leaves out."""
 
 Row = dict[str, str]
 
@@ -79,21 +86,36 @@ def launches(case: Case) -> list[Launch]:
     return recorded
 
 
+def cases(
+    arch: Sequence[int],
+    dtype: Sequence[str],
+    width: Sequence[int],
+    regime: Sequence[tiles.Regime],
+    options: Sequence[str],
+) -> list[Case]:
+    """The configurations among some that the kernels serve."""
+    chosen = itertools.starmap(Case, itertools.product(arch, dtype, width, regime, options))
+    return [c for c in chosen if tiles.hindrance(divmod(c.arch, 10), DTYPES[c.dtype], c.width, c.width) is None]
+
+
+def kernel_name(item: Launch) -> str:
+    """As the table calls it."""
+    return str(item.kernel.__name__).removesuffix("_kernel")
+
+
 def resources(case: Case, item: Launch) -> Row:
     """Compile one launch for its architecture and read what it takes."""
     compiled = compile_launch(case.arch, item)
     usage = _usage(compiled.asm["cubin"])
     arguments = item.arguments
     numbers = {
-        "block": arguments["BLOCK"],
-        "warps": arguments["num_warps"],
-        "stages": arguments.get("num_stages", 3),
+        **{column: arguments.get(name, other) for column, (name, other) in CUT.items()},
         "registers": usage["REG"],
         "shared_bytes": compiled.metadata.shared,
         "spill_bytes": usage["STACK"] + usage["LOCAL"],
     }
     return {
-        "kernel": item.kernel.__name__.removesuffix("_kernel"),
+        "kernel": kernel_name(item),
         "arch": f"sm_{case.arch}",
         **{name: str(value) for name, value in case._asdict().items() if name != "arch"},
         **{name: str(value) for name, value in numbers.items()},
@@ -105,9 +127,7 @@ def compile_launch(arch: int, item: Launch) -> Any:
     """Triton's compiled kernel of one launch."""
     signature, constants, attributes = _specialised(item)
     source = ASTSource(fn=item.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {
-        name: item.arguments[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in item.arguments
-    }
+    options = {name: item.arguments[name] for name in OPTIONS if name in item.arguments}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -157,8 +177,34 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def _rows(case: Case) -> list[Row]:
-    return [resources(case, item) for item in launches(case)]
+def _identity(case: Case, item: Launch) -> str:
+    """The same for launches that are one compiled kernel."""
+    options = [item.arguments.get(name) for name in OPTIONS]
+    return repr((case.arch, kernel_name(item), *_specialised(item), *options))
+
+
+def _row(place: tuple[Case, int]) -> Row:
+    case, index = place
+    return resources(case, launches(case)[index])
+
+
+def table(chosen: Sequence[Case], jobs: int) -> list[Row]:
+    """A row for every case and kernel; prints each as it is compiled."""
+    places: dict[tuple[Case, str], tuple[int, str]] = {}  # of every row, by what it shows
+    for case in chosen:
+        for index, item in enumerate(launches(case)):
+            places.setdefault((case, kernel_name(item)), (index, _identity(case, item)))
+    firsts: dict[str, tuple[Case, int]] = {}  # of every compiled kernel
+    for (case, _), (index, identity) in places.items():
+        firsts.setdefault(identity, (case, index))
+    rows: dict[str, Row] = {}
+    with ProcessPoolExecutor(jobs) as pool:
+        for identity, row in zip(firsts, pool.map(_row, firsts.values()), strict=True):
+            rows[identity] = row
+            print(f"{len(rows)}/{len(firsts)}", ",".join(row.values()), flush=True)
+    return [
+        rows[identity] | {"regime": case.regime, "options": case.options} for (case, _), (_, identity) in places.items()
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,13 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernel_resources.csv")
     args = parser.parse_args(argv)
-    rows: list[Row] = []
-    with ProcessPoolExecutor(args.jobs) as pool:
-        chosen = itertools.product(args.arch, args.dtype, args.width, args.regime, args.options)
-        for part in pool.map(_rows, itertools.starmap(Case, chosen)):
-            for row in part:
-                print(",".join(row.values()), flush=True)
-            rows += part
+    rows = table(cases(args.arch, args.dtype, args.width, args.regime, args.options), args.jobs)
     origin = {k: v for k, v in provenance(torch.device("cpu")).items() if k not in ("device", "threads")}
     write_csv(args.output, [{**origin, "triton": triton.__version__, **row} for row in rows])
     return 0

@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, command = _options().parse_args(words[:dashes]), words[dashes + 1 :]
     variables = dict(os.environ)
     if options.agent:
-        return _run(command, {**variables, **surroundings(variables, options.cpus)}, is_agent=True)
+        code = _run(command, {**variables, **surroundings(variables, options.cpus)}, is_agent=True)
+        if code:  # kept only if none of its ranks noted a cause: it could not start them
+            note_failure(Path(options.job), code, place(variables)[0])
+        return code
     if "TORCHELASTIC_RUN_ID" in variables:
         variables.pop("SLURM_NTASKS", None)  # or Lightning takes this rank for one that srun started
     rank, local_rank = place(variables)
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if local_rank == 0:
         needs = Needs(options.gpus, options.min_free_gib, options.min_shm_gib, Path(options.run))
         if reasons := unfit(needs):
-            host = socket.gethostname()
+            host = node_name(variables)
             sys.stderr.write(f"node {host} is unfit: {'; '.join(reasons)}\n")
             with (job / "strikes").open("a") as stream:
                 stream.write(f"{host} {'; '.join(reasons)}\n")
@@ -63,6 +66,11 @@ def place(variables: Mapping[str, str]) -> tuple[int, int]:
     if "TORCHELASTIC_RUN_ID" in variables:
         return int(variables["RANK"]), int(variables["LOCAL_RANK"])
     return int(variables.get("SLURM_PROCID", 0)), int(variables.get("SLURM_LOCALID", 0))
+
+
+def node_name(variables: Mapping[str, str]) -> str:
+    """This machine as SLURM calls it, which is what it can be told to leave out."""
+    return variables.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def surroundings(variables: Mapping[str, str], cpus: int) -> dict[str, str]:

@@ -24,6 +24,7 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "setpriv")
 _READY_S = 30
+_LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "STOPPED", "SUSPENDED")
 _SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])  # daemons, for plain users too
 
 
@@ -91,6 +92,29 @@ class PrivateSlurm:
         """A job's state as squeue says it, finished ones included: PENDING, RUNNING, COMPLETED and so on."""
         return self.client("squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T")
 
+    def finish(self, job: str, timeout_s: float = 120) -> str:
+        """Wait for a job's end, whatever that is; whenever it is queued again, let it start at once.
+
+        SLURM may end a start that comes too soon after a lost node, so a job can be queued again more than once.
+
+        Returns:
+            Its last state: COMPLETED, FAILED and so on.
+
+        Raises:
+            TimeoutError: it does not end.
+        """
+        update, state = ("scontrol", "update", f"JobId={job}", "StartTime=now"), "PENDING"
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            state = self.state(job)
+            if state not in _LIVING:
+                return state
+            if state == "PENDING":
+                time.sleep(2)  # a node takes a job that starts in the second of its end for the ended one
+                self.client(*update, check=False)  # refused while its last processes end
+            time.sleep(0.2)
+        raise TimeoutError(f"job {job} is {state} after {timeout_s:g} s")
+
     def wait_for(self, job: str, *states: str, timeout_s: float = 120) -> str:
         """Wait until a job is in one of these states.
 
@@ -101,23 +125,6 @@ class PrivateSlurm:
         if (state := self.state(job)) not in states:
             raise TimeoutError(f"job {job} is {state} after {timeout_s:g} s, not {' or '.join(states)}")
         return state
-
-    def start_now(self, job: str) -> None:
-        """Skip the two minutes that SLURM lets a job wait that was queued again.
-
-        Raises:
-            TimeoutError: it is not waiting.
-        """
-        self.wait_for(job, "PENDING")
-        time.sleep(2)  # a node takes a job that starts in the second of its end for the ended one, and refuses it
-        update = ("scontrol", "update", f"JobId={job}", "StartTime=now")
-
-        def is_updated() -> bool:
-            self.client(*update, check=False)  # refused while the job's last processes end
-            return self.state(job) != "PENDING"
-
-        if not _wait_until(is_updated, 60):
-            raise TimeoutError(f"job {job} waits and does not start")
 
     def daemon(self, node: str) -> int:
         """The process number of a node's slurmd.
@@ -179,9 +186,9 @@ class PrivateSlurm:
     def _is_ready(self) -> bool:
         if self._holder is not None and self._holder.poll() is not None:
             raise RuntimeError(f"the private SLURM cluster ended: {(self.folder / 'holder.log').read_text()}")
-        states = self.client("sinfo", "-h", "-p", "main", "-o", "%T %D", check=False)
-        wanted = "idle" if self.shape.is_running else "idle~"
-        return states == f"{wanted} {self.shape.nodes}"
+        if not self.shape.is_running:  # sinfo does not show nodes in a cloud
+            return "is UP" in self.client("scontrol", "ping", check=False)
+        return self.client("sinfo", "-h", "-p", "main", "-o", "%T %D", check=False) == f"idle {self.shape.nodes}"
 
 
 def _without_slurm(environment: Mapping[str, str]) -> dict[str, str]:

@@ -60,12 +60,11 @@ class Rehearsal:
             self._tell(f"mirrorla submit: job {job} is in the queue; its batch script is {slurm.script_path(self.run)}")
             cluster.wait_for(job, "RUNNING")
             self._tell("it runs: one process on each node; they import torch, meet and train …")
-            self._wait_for_text("epoch 1/")
+            self._wait_for_text(cluster, job, "epoch 1/")
             self._tell("the first epoch is done")
             self._preempt(cluster, job)
-            cluster.start_now(job)
             self._tell("the queue lets it run again (a real one lets it wait two minutes; here that is skipped)")
-            state = cluster.wait_for(job, "COMPLETED", "FAILED", timeout_s=_PATIENCE_S)
+            state = cluster.finish(job, timeout_s=_PATIENCE_S)
             self._quote("start 2", "attempt 2", "epoch 3/", "validation top-1", "done")
             self._tell(f"job {job} is {state}")
         self._say("")
@@ -82,11 +81,12 @@ class Rehearsal:
         self._tell("all processes agreed on a step, saved one checkpoint there and left; the job is queued again")
         cluster.wait_for(other, "COMPLETED", timeout_s=_PATIENCE_S)
 
-    def _wait_for_text(self, text: str) -> None:
+    def _wait_for_text(self, cluster: PrivateSlurm, job: str, text: str) -> None:
         deadline = time.monotonic() + _PATIENCE_S
         while text not in self._told():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the job did not get as far as {text!r}:\n{self._told()}")
+            state = cluster.state(job)
+            if state in ("COMPLETED", "FAILED") or time.monotonic() > deadline:
+                raise RuntimeError(f"job {job} is {state} and did not get as far as {text!r}:\n{self._told()}")
             time.sleep(0.1)
 
     def _told(self) -> str:

@@ -175,18 +175,16 @@ def _training(config: SlurmConfig, job: Job) -> str:
         train = _srun(config, ['"${launch[@]}"', "--", '"${training[@]}"'])
     else:
         train = _srun(
-            config, ['"${launch[@]}"', "--agent", "--", '"${agent[@]}"', '"${launch[@]}"', "--", '"${training[@]}"']
+            # The "--" before it: torchrun takes what it does not know for abbreviations of its own options.
+            config,
+            ['"${launch[@]}"', "--agent", "--", '"${agent[@]}"', "--", '"${launch[@]}"', "--", '"${training[@]}"'],
         )
     if not config.min_bandwidth_gb_s:
         return "\n".join([*lines, *train, "code=$?"])
-    check = [
-        _interpreter(config, job),
-        "-m",
-        "lightning_modules.bandwidth",
-        "--at-least",
-        f"{config.min_bandwidth_gb_s:g}",
-    ]
-    measure = _srun(config, [_words(check)])
+    check = [_interpreter(config, job), "-m", "lightning_modules.bandwidth"]
+    options = f'--at-least {config.min_bandwidth_gb_s:g} --strikes "$job/strikes"'
+    # Through launch, too: nodes are checked before they measure anything together.
+    measure = _srun(config, ['"${launch[@]}"', "--", _words(check), options])
     return "\n".join([*lines, *measure, "code=$?", 'if [ "$code" -eq 0 ]; then', *_indented([*train, "code=$?"]), "fi"])
 
 

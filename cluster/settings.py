@@ -61,7 +61,7 @@ def slurm_section(path: Path) -> dict[str, Any]:
 
 
 def without_section(path: Path) -> str:
-    """The text of a file without its `slurm` section, every other line as it was."""
+    """The text of a file with its `slurm` section left empty: every other line is as it was and where it was."""
     text = _text(path)
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):
@@ -70,7 +70,8 @@ def without_section(path: Path) -> str:
     for index, (key, _) in enumerate(root.value):
         if key.value == "slurm":
             following = root.value[index + 1][0].start_mark.line if index + 1 < len(root.value) else len(lines)
-            return "".join(lines[: key.start_mark.line] + lines[following:])
+            first = key.start_mark.line
+            return "".join([*lines[:first], *["\n"] * (following - first), *lines[following:]])
     return text
 
 

@@ -13,6 +13,7 @@ from lightning_modules.errors import UsageError, nearest
 BENCHMARKS = {
     "attention": "kernels and layers over shapes, or one layer over tokens, beside their rivals",
     "backbone": "training throughput and memory of whole models beside timm's",
+    "checkpoint": "what a checkpoint costs a training beside Lightning's, and a restart",
     "loader": "samples a second of every stage of loading beside other readers",
 }
 

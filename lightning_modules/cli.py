@@ -10,6 +10,10 @@ Verb = Callable[[str, Sequence[str]], int]
 
 
 def _train(verb: str, argv: Sequence[str]) -> int:
+    if verb == "predict" and argv and argv[0].endswith((".onnx", ".pt2", ".safetensors")):
+        from lightning_modules.export_predict import run as predict_exported
+
+        return predict_exported(argv)
     from lightning_modules import stop_signals
 
     stop_signals.install()  # before torch is imported: a signal during the start is remembered, too
@@ -38,6 +42,12 @@ def _checkpoints(verb: str, argv: Sequence[str]) -> int:
 
 def _cluster(verb: str, argv: Sequence[str]) -> int:
     from lightning_modules.cluster_cli import run
+
+    return run(verb, argv)
+
+
+def _export(verb: str, argv: Sequence[str]) -> int:
+    from lightning_modules.export_cli import run
 
     return run(verb, argv)
 
@@ -73,6 +83,7 @@ VERBS: dict[str, Verb] = {
     "status": _health,
     "doctor": _health,
     "checkpoints": _checkpoints,
+    "export": _export,
 }
 
 HELP = f"""usage: mirrorla VERB [options]
@@ -83,11 +94,12 @@ HELP = f"""usage: mirrorla VERB [options]
   test       evaluate on the test split (on the validation split where there is none)
   predict    write predictions into the run directory: a table, annotated pictures and COCO json, or class maps
   shards     pack, index, verify or describe data: mirrorla shards --help
-  bench      measure attention, backbone or loader beside their rivals: mirrorla bench --help
+  bench      measure attention, backbone, checkpoint or loader beside their rivals: mirrorla bench --help
   models     list the variants: parameters, GMACs, attention
   status     what a run is doing: mirrorla status RUN (or a folder of runs)
   doctor     what is wrong with a run, and the mend: mirrorla doctor RUN
   checkpoints  list, verify, prune or convert a run's checkpoints: mirrorla checkpoints RUN --verify
+  export     write a trained network for other programs: mirrorla export RUN --format onnx|torch-export|safetensors
   plan       say what a job on a SLURM cluster would be: mirrorla plan --help
   submit     hand it to sbatch: mirrorla submit --slurm slurm/debug --config digits/classification
   rehearse   the whole life of such a job, on a private SLURM cluster on this machine

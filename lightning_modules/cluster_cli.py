@@ -1,23 +1,18 @@
-"""`mirrorla plan|submit|logs|cancel|rehearse`: a training on a SLURM cluster. Only `plan` imports torch."""
+"""`mirrorla plan|submit|logs|cancel|rehearse`: a training on a SLURM cluster.
+
+Only `plan` and `submit` import torch, and only once everything that can be refused without it has been.
+"""
 
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import util
 from pathlib import Path
-from types import ModuleType
 
-from cluster import plan, sbatch, settings, slurm, training
-from cluster.config import SlurmConfig
+from cluster import plan, slurm, training
 from lightning_modules.errors import UsageError
-from lightning_modules.exit_codes import MEANINGS, ExitCode
-from lightning_modules.run_directory import default_run_dir
+from lightning_modules.job_request import Request, checked_options, read_request, refuse, script_of
 
-_KILLED = 137
-"""A rank that something killed (a lost node, no memory): the job goes on, as long as it gets anywhere."""
-_OURS = {"--run_dir", "--ckpt_path", "--trainer.num_nodes", "--trainer.devices"}
 _FORMS = """\
   --slurm NAME|FILE     what to ask SLURM for: a packaged name (slurm/debug) or a YAML file with a section `slurm`;
                         may be repeated, later ones win. A `slurm` section of a --config file counts as well
@@ -30,7 +25,7 @@ _HELP = {
     "Say what a job would be and refuse what cannot work, before anything is submitted.\n\n"
     f"{_FORMS}  --calibrate           measure images/s with a few steps on this machine's device\n",
     "submit": "usage: mirrorla submit [--slurm FILE]… [--dry-run | --test-only] [options of fit]\n\n"
-    "Write RUN/job/job.sh, a readable batch script, and hand it to sbatch.\n\n"
+    "Check every option as fit will, write RUN/job/job.sh, a readable batch script, and hand it to sbatch.\n\n"
     f"{_FORMS}  --dry-run             write and print the script, submit nothing\n"
     "  --test-only           let SLURM check it and say when it would start\n",
     "logs": "usage: mirrorla logs RUN [--rank N]\n\nPrint what a run's job wrote, or one rank's log.\n",
@@ -40,25 +35,6 @@ _HELP = {
     "preempt, queue again, resume, finish. About a minute; needs slurmctld, slurmd, slurm-client and munge.\n\n"
     "  --keep RUN            keep the run directory there\n",
 }
-
-
-@dataclass(frozen=True)
-class Request:
-    """One job to plan or submit.
-
-    Attributes:
-        slurm: what is asked of SLURM.
-        fit: options of `mirrorla fit`, the --config names turned into files; without those the script decides.
-        configs: the configuration files, in order.
-        run: run directory, absolute.
-        flags: --dry-run and the like.
-    """
-
-    slurm: SlurmConfig
-    fit: tuple[str, ...]
-    configs: tuple[Path, ...]
-    run: Path
-    flags: frozenset[str] = field(default=frozenset())
 
 
 def run(verb: str, argv: Sequence[str]) -> int:
@@ -82,87 +58,6 @@ def run(verb: str, argv: Sequence[str]) -> int:
     return verbs[verb](list(argv))
 
 
-def read_request(argv: Sequence[str], flags: frozenset[str]) -> Request:
-    """Tell the options for SLURM from those of the training.
-
-    Args:
-        argv: options of plan or submit.
-        flags: options without a value that the verb knows.
-
-    Raises:
-        UsageError: an option without its value, or one that only the script may set.
-        FileNotFoundError: no such configuration; the nearest is named.
-    """
-    layers: list[tuple[Path, bool]] = []
-    options: list[tuple[str, str]] = []
-    fit: list[str] = []
-    run_dir, given, words = None, set(), list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
-        if word in flags:
-            given.add(word)
-        elif name in ("--slurm", "--config", "-c") or name.startswith("--slurm.") or name in _OURS:
-            value = value if equals else _next(name, words)
-            if name in ("--config", "-c"):
-                layers.append((_find_config(value), True))
-                fit += ["--config", str(layers[-1][0])]
-            elif name == "--slurm":
-                layers.append((_find_config(value), False))
-            elif name == "--run_dir":
-                run_dir = value
-            elif name in _OURS:
-                raise UsageError(f"{name} {value} is set by the batch script, from --slurm.*; leave it out")
-            else:
-                options.append((name.removeprefix("--slurm."), value))
-        else:
-            fit.append(word)
-    config = settings.merge(
-        [
-            *((str(path), settings.slurm_section(path)) for path, _ in layers),
-            ("command line", settings.overrides(options)),
-        ]
-    )
-    configs = tuple(path for path, is_training in layers if is_training)
-    chosen = Path(run_dir) if run_dir else default_run_dir(configs[0] if configs else None)
-    return Request(config, tuple(fit), configs, Path(os.path.abspath(chosen)), frozenset(given))  # noqa: PTH100 - "..", not links
-
-
-def copied(request: Request, folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The options of the training with every configuration file replaced by its copy in a folder.
-
-    Returns:
-        The options; file name -> text, without its `slurm` section.
-    """
-    words = list(request.fit)
-    copies: dict[str, str] = {}
-    for index, word in enumerate(words):
-        if index and words[index - 1] == "--config":
-            name = f"{len(copies):02d}-{Path(word).stem}.yaml"
-            copies[name] = settings.without_section(Path(word))
-            words[index] = str(folder / name)
-    return words, copies
-
-
-def script_of(request: Request) -> tuple[str, dict[str, str]]:
-    """The batch script of a request and the configuration files it names, which stay as they are now.
-
-    Returns:
-        The script's text; file name in RUN/job/ -> text.
-    """
-    fit, copies = copied(request, request.run / "job")
-    codes = tuple(int(code) for code, meaning in MEANINGS.items() if meaning.requeue)
-    job = sbatch.Job(
-        arguments=("-m", "lightning_modules.cli", "fit", *fit),
-        run=request.run,
-        folder=Path.cwd(),
-        interpreter=sys.executable,
-        requeue_codes=(*codes, _KILLED),
-        crash_loop_code=int(ExitCode.CRASH_LOOP),
-    )
-    return sbatch.render(request.slurm, job), copies
-
-
 def _submit(argv: list[str]) -> int:
     request = read_request(argv, frozenset({"--dry-run", "--test-only"}))
     if not request.configs:
@@ -171,6 +66,7 @@ def _submit(argv: list[str]) -> int:
     if queued is not None and not request.flags:
         raise UsageError(f"run_dir {request.run}: {queued}; wait for it, or first: mirrorla cancel {request.run}")
     refuse(request)
+    _check(request)
     script, copies = script_of(request)
     path = slurm.write(request.run, script, copies)
     if "--dry-run" in request.flags:
@@ -183,6 +79,14 @@ def _submit(argv: list[str]) -> int:
         sys.stdout.write(f"job {number}  {request.run}\n")
         sys.stderr.write(f"watch: mirrorla status {request.run}; mirrorla logs {request.run}\n")
     return 0
+
+
+def _check(request: Request) -> None:
+    """Refuse now what `fit` would refuse after hours in the queue; a login node may lack what `fit` needs."""
+    try:
+        checked_options(request)
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"options not checked: there is no {error.name} here; fit will check them on the nodes\n")
 
 
 def _logs(argv: list[str]) -> int:
@@ -207,35 +111,21 @@ def _cancel(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    """Refuse first what needs no torch, then parse everything as fit does and build the model without memory."""
+    """Refuse first what needs no torch, then what fit would refuse, then send a small step through the model."""
     request = read_request(argv, frozenset({"--calibrate"}))
     refuse(request)
     described, folder = training.read(request.configs, request.fit), Path.cwd()
     samples = plan.samples_in(described, folder)
+    options = checked_options(request)
     from lightning_modules.forecast import weigh
 
-    with tempfile.TemporaryDirectory() as folder_of_copies:
-        words, copies = copied(request, Path(folder_of_copies))
-        for name, text in copies.items():
-            (Path(folder_of_copies) / name).write_text(text)
-        sizes = weigh(words, calibrate="--calibrate" in request.flags)
+    sizes = weigh(options, calibrate="--calibrate" in request.flags)
     rows, refused = plan.forecast(described, request.slurm, sizes, samples)
     for label, text in [*plan.arithmetic(described, request.slurm, samples), *rows]:
         sys.stdout.write(f"{label:12}{text}\n")
     if refused:
         raise UsageError("; ".join(refused))
     return 0
-
-
-def refuse(request: Request) -> None:
-    """Refuse a job that cannot work.
-
-    Raises:
-        UsageError: every reason, each with its mend.
-    """
-    reasons = plan.refusals(training.read(request.configs, request.fit), request.slurm, Path.cwd())
-    if reasons:
-        raise UsageError("; ".join(reasons))
 
 
 def _rehearse(argv: list[str]) -> int:
@@ -249,7 +139,11 @@ def _rehearse(argv: list[str]) -> int:
         if words and kept.exists() and any(kept.iterdir()):
             raise UsageError(f"--keep {kept} is not empty; give a new folder")
         kept.mkdir(parents=True, exist_ok=True)
-        return Rehearsal(kept, lambda line: print(line, flush=True)).play()
+        try:
+            return Rehearsal(kept, lambda line: print(line, flush=True)).play()
+        except (RuntimeError, TimeoutError) as error:  # it quotes the job's own output, line by line
+            sys.stderr.write(f"mirrorla rehearse: error: {error}\n")
+            return 1
 
 
 def _one_run(verb: str, argv: Sequence[str]) -> Path:
@@ -259,25 +153,3 @@ def _one_run(verb: str, argv: Sequence[str]) -> Path:
     if not run_dir.is_dir():
         raise UsageError(f"there is no run directory {run_dir}")
     return run_dir
-
-
-def _next(name: str, words: list[str]) -> str:
-    if not words or words[0].startswith("--"):
-        raise UsageError(f"{name} needs a value: mirrorla submit {name} …")
-    return words.pop(0)
-
-
-def _find_config(name: str) -> Path:
-    path: Path = _config_files().find_config(name)
-    return path
-
-
-def _config_files() -> ModuleType:
-    """mirrorla.config_files without its package, whose import takes torch and seconds."""
-    package = util.find_spec("mirrorla")
-    assert package is not None and package.origin is not None
-    spec = util.spec_from_file_location("_config_files", Path(package.origin).with_name("config_files.py"))
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

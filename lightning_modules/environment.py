@@ -17,15 +17,23 @@ _PACKAGES = ("mirrorla", "torch", "torchvision", "triton", "lightning", "timm", 
 _VARIABLES = re.compile(r"(SLURM|CUDA|NCCL|GLOO|OMP|MASTER|WORLD|RANK|LOCAL|TORCH|TRITON|HF|PL|DS)_\w+|WORLD_SIZE|RANK")
 _SECRET_NAME = re.compile(r"token|secret|passw|api_?key|access_?key|private_?key|credential|auth", re.IGNORECASE)
 _SECRET_OPTION = re.compile(rf"(--[\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*)(=| )(\S+)", re.IGNORECASE)
-_SECRET_KEY = re.compile(rf"^(\s*[\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*:[ ]+)(\S.*)$", re.IGNORECASE | re.M)
+_SECRET_KEY = re.compile(rf"^([+\-\s]*[\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*:[ ]+)(\S.*)$", re.IGNORECASE | re.M)
+_SECRET_STRING = re.compile(
+    rf"([\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*[\"']?\s*[:=]\s*)([\"'])[^\"'\n]+\2", re.IGNORECASE
+)
 _URL_LOGIN = re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@")
 _HIDDEN = "<redacted>"
 MAX_DIFF = 1 << 18
 
 
 def redact(text: str) -> str:
-    """Hide passwords in URLs and values of options and YAML keys whose name sounds secret."""
+    """Hide passwords in URLs, and values of options, YAML keys and quoted strings whose name sounds secret.
+
+    Args:
+        text: a command line, YAML, JSON, source code, or a diff of these.
+    """
     text = _SECRET_OPTION.sub(rf"\1\2{_HIDDEN}", _URL_LOGIN.sub(rf"\1{_HIDDEN}@", text))
+    text = _SECRET_STRING.sub(rf"\1\2{_HIDDEN}\2", text)
     return _SECRET_KEY.sub(rf"\1{_HIDDEN}", text)
 
 

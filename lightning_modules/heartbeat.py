@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -128,6 +128,9 @@ class Pulse:
         rank: of this process.
         on_beat: called by the thread at every heartbeat, such as the renewal of a lease.
         interval_s: between two heartbeats.
+
+    Attributes:
+        loading: tells which shard is being read; called by the thread while the training one waits for a batch.
     """
 
     def __init__(
@@ -141,6 +144,8 @@ class Pulse:
         self.step_s = 0.0
         self.images_per_s = 0.0
         self.interval_s = interval_s
+        self.loading: Callable[[], str] = str
+        self._loading = ""
         self._on_beat = on_beat
         self._count = 0
         self._stuck_s = 0.0
@@ -163,14 +168,15 @@ class Pulse:
     @property
     def beat(self) -> Beat:
         """What the next heartbeat says."""
+        is_stuck = self.note is self._last
         return Beat(
             rank=self.rank,
             world_size=self.world_size,
             token=self.token,
             process=self._process,
             count=self._count,
-            note=self.note,
-            stuck_s=round(self._stuck_s, 3) if self.note is self._last else 0.0,
+            note=replace(self._last, detail=self._loading) if is_stuck and self._loading else self.note,
+            stuck_s=round(self._stuck_s, 3) if is_stuck else 0.0,
             step_s=self.step_s,
             images_per_s=self.images_per_s,
         )
@@ -181,6 +187,10 @@ class Pulse:
         self._stuck_s = 0.0 if moved else self._stuck_s + min(elapsed_s, 2 * self.interval_s)
         self._last = self.note
         self._count += 1
+        self._loading = ""
+        if not moved and self._last.phase == "fetch":
+            with contextlib.suppress(Exception):  # a hint, read while the loader may be closing
+                self._loading = self.loading()
 
     def write(self) -> None:
         """Replace the file in one move; not flushed to the disk, as a dead machine's heartbeat interests nobody."""

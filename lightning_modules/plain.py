@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.serialization import config
 
 from lightning_modules.commit import flush, hash_file, sync_file
 from lightning_modules.fault_points import reach
@@ -53,15 +54,48 @@ class HashingStream:
         return FileRecord(self._size, self._digest.hexdigest())
 
 
+class Snapshots:
+    """Copies trees of dictionaries, lists and tuples, time and again into the same memory.
+
+    Fresh memory costs eight times the copy itself (0.8 s against 0.1 s for 1.2 GB), as the system has to find and clear
+    it; so what one snapshot took is kept for the next. For tensors of a GPU it is pinned: the transfer is faster.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, tree: Any) -> Any:
+        """Copy a tree; its tensors become copies on the CPU, whatever they shared.
+
+        Args:
+            tree: its tensors may change as soon as this returns.
+
+        Returns:
+            The copy; valid until the next one is taken.
+        """
+        before, self._kept = self._kept, {}
+        copy = self._copy(tree, (), before)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copy
+
+    def _copy(self, value: Any, place: tuple[Any, ...], before: Mapping[tuple[Any, ...], Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            room = before.get(place)
+            if room is None or room.shape != value.shape or room.dtype != value.dtype:
+                room = torch.empty_like(value, device="cpu", requires_grad=False, pin_memory=value.is_cuda)
+            self._kept[place] = room
+            return room.copy_(value.detach(), non_blocking=value.is_cuda)
+        if isinstance(value, Mapping):
+            return {key: self._copy(part, (*place, key), before) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(part, (*place, index), before) for index, part in enumerate(value))
+        return value
+
+
 def snapshot(tree: Any) -> Any:
-    """Copy a tree of dictionaries, lists and tuples; its tensors become copies on the CPU, whatever they shared."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, Mapping):
-        return {key: snapshot(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(snapshot(value) for value in tree)
-    return tree
+    """Copy a tree once, see Snapshots."""
+    return Snapshots().take(tree)
 
 
 def write_plain(folder: Path, checkpoint: Mapping[str, Any]) -> dict[str, FileRecord]:
@@ -84,7 +118,9 @@ def write_plain(folder: Path, checkpoint: Mapping[str, Any]) -> dict[str, FileRe
     reach("checkpoint.after_weights")
     with (folder / STATE).open("xb") as stream:
         hashing = HashingStream(stream)
-        torch.save({**checkpoint, "state_dict": others}, cast(IO[bytes], hashing))
+        # Nobody reads the archive's own checksums; making them takes half the time, and the interpreter's lock.
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+            torch.save({**checkpoint, "state_dict": others}, cast(IO[bytes], hashing))
         flush(stream)
     reach("checkpoint.after_state")
     size = (folder / WEIGHTS).stat().st_size

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_modules.attempts import read_attempts
 from lightning_modules.checkpoint import list_checkpoints, next_path
@@ -21,7 +22,7 @@ from lightning_modules.environment import uncommitted_changes
 from lightning_modules.fault_points import reach
 from lightning_modules.manifest import FileRecord
 from lightning_modules.persist import Background, Draft, commit_checkpoint, seal, text_hash
-from lightning_modules.plain import WRITE_ERRORS, snapshot, write_plain
+from lightning_modules.plain import WRITE_ERRORS, Snapshots, write_plain
 from lightning_modules.run_directory import RunDirectory
 from lightning_modules.shards import SHARDS
 from lightning_modules.strategies import kind_of
@@ -68,6 +69,7 @@ class Saver:
         self._asynchronous = asynchronous
         self._token = token
         self._background = Background()
+        self._snapshots = Snapshots()
         self.provenance = Provenance()
         self.num_failures = 0
         """Saves that failed since the last one that did not."""
@@ -90,7 +92,7 @@ class Saver:
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         if trainer.is_global_zero:
             self.settle()  # also keeps at most one snapshot in memory
-            copy = snapshot(state)
+            copy = self._snapshots.take(state)
             reach("checkpoint.after_snapshot")
             draft = self._draft(trainer, kind)
 
@@ -195,6 +197,11 @@ def _try(step: Callable[[], None], is_mine: bool = True) -> Exception | None:
             step()
     except WRITE_ERRORS as error:
         return error
+    except CheckpointException as failed:  # FSDP's: what ranks could not write, told to all of them
+        first = next(iter(failed.failures.values()))[0]
+        if not isinstance(first, WRITE_ERRORS):
+            raise
+        return first
     return None
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_modules.plain import load_values
 
@@ -24,6 +26,7 @@ SHARDS = "sharded"
 TAG = "checkpoint"
 """Folder inside that one where DeepSpeed puts them."""
 
+_DAMAGE = ("PytorchStreamReader", "nvalid magic number", "corrupt", "mmap can only be used")
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _METADATA = ".metadata"
 _METADATA_CLASSES = {
@@ -61,23 +64,51 @@ def values_only(path: Path, kind: str) -> Iterator[None]:
         ValueError: a part holds objects that would run code, or is damaged.
     """
     if kind == "fsdp":
-        try:
-            _MetadataUnpickler(io.BytesIO((path / SHARDS / _METADATA).read_bytes())).load()
-        except Exception as error:
-            raise ValueError(f"checkpoint {path / SHARDS / _METADATA} is refused: {error}") from error
+        _check_metadata(path / SHARDS / _METADATA)
+    else:
+        _check_tag(path / SHARDS / "latest")
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
         with torch.serialization.safe_globals(_deepspeed_classes() if kind == "deepspeed" else []):
             yield
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (pickle.UnpicklingError, EOFError, RuntimeError, CheckpointException) as error:
+        reason = _fault(error)
+        if reason is None:
+            raise
         raise ValueError(f"checkpoint {path / SHARDS} cannot be read as tensors and plain values: {reason}") from error
     finally:
         if before is None:
             os.environ.pop(_FORCE, None)
         else:
             os.environ[_FORCE] = before
+
+
+def _check_metadata(path: Path) -> None:
+    """Look through the one file of FSDP that bypasses torch: it may name harmless classes only."""
+    try:
+        found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(found, Metadata):
+            raise TypeError(f"it holds {type(found).__name__} and no metadata")
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} is refused: {error}") from error
+
+
+def _check_tag(path: Path) -> None:
+    """DeepSpeed opens the folder that this file names, wherever it is."""
+    found = path.read_bytes()[:100]
+    if found.strip() != TAG.encode():
+        raise ValueError(f"checkpoint {path} is refused: it names {found!r} and not {TAG!r} beside it")
+
+
+def _fault(error: BaseException) -> str | None:
+    """What is wrong with a file, in one line; None if something else went wrong, such as a lost connection."""
+    if isinstance(error, CheckpointException):  # of any rank
+        faults = (_fault(found) for found, _ in error.failures.values())
+        return next((fault for fault in faults if fault is not None), None)
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    is_file = not isinstance(error, RuntimeError) or any(word in text for word in _DAMAGE)
+    return text if is_file and isinstance(error, (pickle.UnpicklingError, EOFError, RuntimeError)) else None
 
 
 def gather(path: Path, kind: str) -> dict[str, Any]:
@@ -119,6 +150,8 @@ def _gather_fsdp(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = {}
     planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
     _load_state_dict(state, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
+    if "state_dict" not in state:
+        raise ValueError(f"checkpoint {folder} holds no weights: it is damaged; take the one before it")
     return {**load_values(folder / "meta.pt"), "state_dict": state["state_dict"]}
 
 

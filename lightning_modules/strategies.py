@@ -1,7 +1,8 @@
 """How a run is spread over devices, and what that means for its checkpoints.
 
-`--trainer.strategy` takes Lightning's names (ddp), and of this module:
+`--trainer.strategy` takes Lightning's names, and of this project:
 
+    ddp                    gradients averaged over all ranks, rounded alike in every start
     fsdp2                  parameters, gradients and optimizer state divided among all ranks (fully_shard)
     zero1, zero2, zero3    DeepSpeed: optimizer state, gradients too, parameters too
 
@@ -9,7 +10,7 @@ They run on CPUs over gloo as on GPUs, so what is tested is what runs.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +29,16 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import Optimizer
 
 from lightning_modules.checkpoint import load_plain, read_manifest
 from lightning_modules.checkpoint_io import agreed
 from lightning_modules.commit import remove, temporary
+from lightning_modules.ddp import SettledDDPStrategy
+from lightning_modules.offload import require_disks
 from lightning_modules.shards import SHARDS, gather, make_universal, values_only
+from lightning_modules.tensorboard import Tag
+from lightning_modules.training import is_log_step
 
 MIN_PARAMETERS = 1_000_000
 """A block below this size is not divided on its own: gathering it would cost more than its memory."""
@@ -40,6 +46,7 @@ MIN_PARAMETERS = 1_000_000
 
 def register_strategies() -> None:
     """Make the names known to the Trainer; safe to call again."""
+    StrategyRegistry.register("ddp", SettledDDPStrategy, "DDP with settled buckets", override=True)
     StrategyRegistry.register("fsdp2", FSDP2Strategy, "fully_shard over all ranks", override=True)
     for stage in (1, 2, 3):
         StrategyRegistry.register(f"zero{stage}", ZeroStrategy, f"DeepSpeed ZeRO {stage}", override=True, stage=stage)
@@ -147,9 +154,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Refuse what would go wrong silently.
 
         Raises:
-            ValueError: averaged weights under stage 3.
+            ValueError: averaged weights under stage 3, or disks that are not there.
         """
         assert self.lightning_module is not None
+        assert isinstance(self.config, dict)
+        require_disks(self.config)
         if self.zero_stage_3 and any(isinstance(part, ModelEmaV3) for part in self.lightning_module.modules()):
             raise ValueError(
                 "model.ema_decay needs whole weights at every step, which trainer.strategy zero3 divides; "
@@ -177,6 +186,20 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.is_global_zero:
             remove(universal)
         return state
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Step, then log the norm of the gradients: DeepSpeed keeps them to itself and knows it only now."""
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        module, norm = self.lightning_module, self.deepspeed_engine.get_global_grad_norm()
+        if module is not None and norm is not None and is_log_step(module.trainer):
+            module.log(Tag.GRAD_NORM, float(norm))
+        return result
 
     def _load_for_evaluation(self, path: Path) -> dict[str, Any]:
         checkpoint = load_plain(path)

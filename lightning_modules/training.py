@@ -61,8 +61,9 @@ def log_gradients(module: LightningModule, network: nn.Module, optimizer: Optimi
     """Log the gradient norm before clipping and the learning rate of every group, where the step is logged."""
     if not is_log_step(module.trainer):
         return
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    module.log(Tag.GRAD_NORM, nn.utils.get_total_norm(gradients))
+    if gradients := [p.grad for p in network.parameters() if p.grad is not None]:  # DeepSpeed keeps them to itself
+        norm = nn.utils.get_total_norm(gradients)
+        module.log(Tag.GRAD_NORM, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     for group in optimizer.param_groups:
         module.log(f"{Tag.LEARNING_RATE}/{group['name']}", group["lr"])
 

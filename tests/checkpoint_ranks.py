@@ -8,6 +8,7 @@ peers then have a few seconds to notice.
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -16,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import StrategyRegistry
 
 from datamodules.ledger import ledger_file, parse_entries
@@ -33,6 +34,8 @@ from lightning_modules.exit_codes import GuardStop
 from lightning_modules.run_directory import RunDirectory, newest
 from lightning_modules.stop_signals import StopRequested
 from lightning_modules.strategies import register_strategies
+from lightning_modules.tensorboard import Tag
+from lightning_modules.training import log_gradients
 
 GRACE_S = 20
 EPOCHS = 3
@@ -66,14 +69,45 @@ class Small(LightningModule):
         if self.average is not None:
             self.average.update(self.network, step=self.trainer.global_step + 1)
 
+    def on_before_optimizer_step(self, optimizer):
+        log_gradients(self, self.network, optimizer)
+
     def validation_step(self, batch, batch_idx):
         loss = self.network(batch["image"].flatten(1)).square().mean()
         self.log("val/loss", loss, sync_dist=True, batch_size=len(batch["label"]))
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.01, eps=1e-2 if self.elastic else 1e-8)
+        groups = [{"params": list(self.network.parameters()), "name": "all"}]
+        optimizer = torch.optim.AdamW(groups, lr=0.01, eps=1e-2 if self.elastic else 1e-8)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Quota(Callback):
+    """Between two steps no file of this process may grow beyond some kilobytes, as on a disk that is full.
+
+    Args:
+        first: step after which it begins.
+        last: step after which it ends.
+    """
+
+    def __init__(self, first, last):
+        self.first, self.last = first, last
+
+    def on_train_batch_end(self, trainer, *_):
+        limit = 8 << 10 if self.first <= trainer.global_step < self.last else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+class KeepNorms(Callback):
+    """Write down the norm of the gradients that every step logged."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        with self.path.open("a") as stream:
+            stream.write(f"{trainer.global_step} {float(trainer.callback_metrics[Tag.GRAD_NORM])}\n")
 
 
 def train(order, rank):
@@ -105,11 +139,14 @@ def train(order, rank):
         accelerator="cpu",
         max_epochs=EPOCHS,
         callbacks=[
+            *([Quota(*order["quota"])] if "quota" in order else []),
             StepSeed(0),
             KeepLedger(run.root / "ledger"),
             StopOnSignal(checkpoints, config.max_minutes),
             checkpoints,
+            *([KeepNorms(run.root / f"norms-{order['attempt']}")] if order.get("norms") and rank == 0 else []),
         ],
+        log_every_n_steps=1 if order.get("norms") else 50,
         plugins=[CommittedCheckpointIO()],
         logger=False,
         enable_progress_bar=False,

@@ -16,9 +16,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from datamodules.module import ClassificationDataModule
+from datamodules.transforms import EvalTransform, TrainTransform
 from lightning_modules import console
 from lightning_modules.callbacks.checkpointing import CheckpointConfig, RunCheckpoints
 from lightning_modules.callbacks.heartbeat import Heartbeat
@@ -50,6 +52,22 @@ class Data(LightningDataModule):
     @staticmethod
     def collate(ids):
         return {"id": torch.tensor(ids), "image": torch.zeros(len(ids), 3)}
+
+
+class DeadDisk(Callback):
+    """Put named pipes in the place of shards before any is opened: reading one hangs, as on a dead file system.
+
+    Args:
+        folder: the dataset's.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer, pl_module):
+        for path in (self.folder / "train").glob("*.tar"):
+            path.unlink()
+            os.mkfifo(path)
 
 
 class Model(LightningModule):
@@ -102,7 +120,14 @@ class Model(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
 
 
-def fit(root, *callbacks, batches=8, epochs=1, guard=None, events=(), rank=0, word="last", **options):
+def shards(folder):
+    """A data module with one worker, which the trainer waits two seconds for."""
+    plain = TrainTransform(8, crop=False, auto_augment=None, color_jitter=0.0, random_erasing=0.0)
+    options = {"train_transform": plain, "eval_transform": EvalTransform(8, None)}
+    return ClassificationDataModule(folder, 4, num_workers=1, worker_start="fork", timeout_s=2.0, lanes=2, **options)
+
+
+def fit(root, *callbacks, data=None, batches=8, epochs=1, guard=None, events=(), rank=0, word="last", **options):
     """One attempt in this process.
 
     Returns:
@@ -111,7 +136,7 @@ def fit(root, *callbacks, batches=8, epochs=1, guard=None, events=(), rank=0, wo
     torch.manual_seed(SEED)
     run = RunDirectory(Path(root))
     run.prepare()
-    model, data = Model(events), Data(batches)
+    model, data = Model(events), data or Data(batches)
     resume_from = resolve_checkpoint(word, run, training=True)
     step = 0 if resume_from is None else step_of(resume_from)
     config = CheckpointConfig(every_n_steps=options.pop("every_n_steps", 1))
@@ -150,8 +175,17 @@ def train(order, rank):
     register_strategies()
     strategy = {"strategy": order.get("strategy", "ddp"), "devices": world} if world > 1 else {}
     keys = ("batches", "epochs", "guard", "events", "every_n_steps")
+    folder = order["data"][rank] if "data" in order else None
+    dead = [DeadDisk(folder)] if order.get("dead_disk") == rank else []
     try:
-        _, model = fit(root, rank=rank, **{key: order[key] for key in keys if key in order}, **strategy)
+        _, model = fit(
+            root,
+            *dead,
+            data=folder and shards(folder),
+            rank=rank,
+            **{key: order[key] for key in keys if key in order},
+            **strategy,
+        )
     except GuardStop as stop:
         logging.getLogger("mirrorla").error("%s", stop)
         return int(stop.code)
@@ -201,7 +235,12 @@ def main():
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)  # Lightning
     warnings.filterwarnings("ignore", "Found .* in eval mode")  # the average, on purpose
-    for message in (".*does not have many workers", ".*srun.*command is available", ".*not resumable"):
+    for message in (
+        ".*val_dataloader.* but have no",
+        ".*does not have many workers",
+        ".*srun.*command is available",
+        ".*not resumable",
+    ):
         warnings.filterwarnings("ignore", message)
     for line in sys.stdin:
         order = json.loads(line)

@@ -34,7 +34,7 @@ from lightning_modules.checkpoint_io import CommittedCheckpointIO, describe
 from lightning_modules.commit import hash_file
 from lightning_modules.manifest import MANIFEST, FileRecord, Manifest, parse, render, write_manifest
 from lightning_modules.persist import Draft, commit_checkpoint
-from lightning_modules.plain import snapshot, write_plain
+from lightning_modules.plain import Snapshots, snapshot, write_plain
 from lightning_modules.retention import prune, surplus, tidy
 
 CANARY = Path("/nonexistent-canary")
@@ -126,6 +126,19 @@ def test_snapshot_shares_nothing_with_what_it_copies():
         tensor += 1
     assert copy == {"w": copy["w"], "nested": [copy["nested"][0], ({"x": copy["nested"][1][0]["x"]},)]}
     assert not any(t.any() for t in (copy["w"], copy["nested"][0], copy["nested"][1][0]["x"]))
+
+
+def test_the_next_snapshot_takes_the_same_memory_and_follows_what_changed():
+    snapshots, live = Snapshots(), {"w": torch.zeros(3), "nested": [torch.zeros(2, 2).t(), (torch.tensor(1),)]}
+    before = snapshots.take(live)
+    places = [before["w"].data_ptr(), before["nested"][0].data_ptr()]
+    live = {"w": torch.ones(3), "nested": [torch.ones(2, 2), (torch.tensor([4.0]),)], "new": torch.ones(1)}
+    after = snapshots.take(live)
+    assert [after["w"].data_ptr(), after["nested"][0].data_ptr()] == places
+    assert all(after["w"] == 1) and bool((after["nested"][0] == 1).all())
+    assert after["nested"][1][0].tolist() == [4.0] and after["new"].tolist() == [1.0]  # another shape and type
+    live["w"] += 1
+    assert all(after["w"] == 1)
 
 
 def test_thousand_bit_flips_are_all_refused_and_the_previous_one_is_used(tmp_path, caplog):

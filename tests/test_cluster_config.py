@@ -79,10 +79,10 @@ def test_a_key_given_twice_is_refused(tmp_path):
         read("slurm:\n  nodes: 1\n  nodes: 2\n", tmp_path)
 
 
-def test_the_section_leaves_a_file_and_nothing_else_does(tmp_path):
+def test_the_section_leaves_a_file_and_every_other_line_stays_where_it_is(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("# about\nmodel: a # why\nslurm:\n  nodes: 2\n  # note\n\ndata: b\n")
-    assert without_section(path) == "# about\nmodel: a # why\ndata: b\n"
+    assert without_section(path) == "# about\nmodel: a # why\n\n\n\n\ndata: b\n"
     assert slurm_section(path) == {"nodes": "2"}
 
 

@@ -74,6 +74,12 @@ def test_an_agents_ranks_get_the_signal_and_the_agent_does_not(tmp_path):
         assert process.wait(20) == 5
 
 
+def test_an_agent_that_cannot_start_its_ranks_is_the_first_failure(tmp_path):
+    with start(tmp_path, "sh", "-c", "exit 2", options=["--agent"], SLURM_PROCID="1") as process:
+        assert process.wait(20) == 2
+    assert (tmp_path / "first_failure").read_text().startswith("2 1 ")
+
+
 def test_surroundings_are_local_to_the_node_and_leave_what_is_set():
     found = launch.surroundings({"TMPDIR": "/local/7", "NCCL_DEBUG": "INFO"}, 6)
     assert found["OMP_NUM_THREADS"] == "6" and "NCCL_DEBUG" not in found
@@ -100,6 +106,7 @@ def test_an_unfit_node_is_named_gets_a_strike_and_starts_nothing(tmp_path):
     host, _, reason = (tmp_path / "strikes").read_text().partition(" ")
     assert host == os.uname().nodename and "1e+09 wanted" in reason
     assert launch.UNFIT_NODE == ExitCode.UNFIT_NODE
+    assert launch.node_name({"SLURMD_NODENAME": "node7"}) == "node7"  # the name that SLURM can leave out
 
 
 def test_the_check_names_devices_disks_shared_memory_and_clocks(tmp_path, monkeypatch):

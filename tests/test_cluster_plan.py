@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,23 +15,27 @@ import yaml
 
 from cluster import deepspeed, plan, training
 from cluster.config import SlurmConfig
+from cluster.refusals import refusals
+from cluster.settings import merge, slurm_section
 from datamodules.base_module import PackedDataModule
-from lightning_modules import cli, cluster_cli
-from lightning_modules.forecast import activation_bytes
-from mirrorla.config_files import find_config
+from lightning_modules import cli
+from lightning_modules.dry_fit import build_data, build_model, parse, refuse_options
+from lightning_modules.forecast import activation_bytes, activations_of, weigh
+from lightning_modules.job_request import read_request
+from lightning_modules.probes import probe_of
+from mirrorla.config_files import find_config, packaged_configs
 
 SCRIPT = str(Path(sys.executable).parent / "mirrorla")
 BASE = ["--config", "digits/classification"]
+TASKS = [name for name in packaged_configs() if name.split("/")[0] in ("digits", "imagenet", "coco", "ade20k")]
+QUICK = ("digits/classification", "digits/detection_retinanet", "digits/segmentation_upernet")
+FOREIGN = ["--data", "lightning.pytorch.demos.boring_classes.BoringDataModule"]
 GPUS = SlurmConfig(nodes=2, gpus_per_node=8, cpus_per_task=8)
 
 
 def described(*options):
     files = [find_config(name) for flag, name in pairwise(options) if flag == "--config"]
     return training.read(files, options)
-
-
-def refused(*options, config=GPUS, folder=Path()):
-    return plan.refusals(described(*BASE, *options), config, folder)
 
 
 @pytest.mark.parametrize("verb", ["plan", "submit", "rehearse", "logs", "cancel"])
@@ -44,18 +49,19 @@ def test_help_is_quick_and_needs_no_torch(verb):
     assert min(seconds) < 0.3
 
 
-def test_a_dry_run_needs_no_torch_and_keeps_the_configuration_as_it_is_now(tmp_path):
+def test_a_login_node_without_torch_can_submit_and_keeps_the_configuration_as_it_is_now(tmp_path):
     run, config = tmp_path / "run", tmp_path / "mine.yaml"
     config.write_text("slurm:\n  nodes: 3\ntrainer:\n  max_epochs: 2 # few\n")
     options = ["submit", "--dry-run", *BASE, "--config", str(config), "--slurm.partition", "gpu", f"--run_dir={run}"]
-    program = "import sys; from lightning_modules.cli import main; code = main(sys.argv[1:])\n"
-    program += "assert not {'torch', 'lightning', 'mirrorla'} & set(sys.modules); sys.exit(code)"
+    program = "import sys; sys.modules |= dict.fromkeys(['torch', 'lightning']); "
+    program += "from lightning_modules.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "options not checked: there is no torch here; fit will check them on the nodes\n" in done.stderr
     script = (run / "job" / "job.sh").read_text()
     assert script == done.stdout
     assert "#SBATCH --nodes=3\n" in script and "#SBATCH --partition=gpu\n" in script
-    assert (run / "job" / "01-mine.yaml").read_text() == "trainer:\n  max_epochs: 2 # few\n"
+    assert (run / "job" / "01-mine.yaml").read_text() == "\n\ntrainer:\n  max_epochs: 2 # few\n"
     assert f"--config {run}/job/00-classification.yaml --config {run}/job/01-mine.yaml" in script
     assert (run.stat().st_mode & 0o777, (run / "job" / "job.sh").stat().st_mode & 0o777) == (0o700, 0o700)
 
@@ -79,83 +85,52 @@ def test_mistakes_are_one_line_and_exit_with_2(words, message, capsys, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+TYPOS = {
+    "key": (["--trainer.max_epoch", "3"], "unknown key trainer.max_epoch (command line); nearest: trainer.max_epochs"),
+    "type": (["--model.optim.lr", "x"], "model.optim.lr: expected float, got 'x'"),
+    "choice": (["--model.optim.schedule", "cosin"], "model.optim.schedule: expected one of 'cosine', 'constant'"),
+    "name": (["--model.backbone.name", "mirrorla_tinny"], "did you mean 'mirrorla_tiny'?"),
+    "strategy": (["--trainer.strategy", "dpp"], "trainer.strategy 'dpp' is not known; nearest: ddp"),
+    "accelerator": (["--trainer.accelerator", "gppu"], "trainer.accelerator 'gppu' is not known; nearest: gpu"),
+    "class option": (
+        ["--config", "deepspeed/zero2", "--trainer.strategy.init_args.stagee", "2", "--model.ema_decay", "null"],
+        "'stagee' is not accepted",
+    ),
+    "class": (
+        ["--trainer.callbacks", "lightning.pytorch.callbacks.EarlyStoping"],
+        "has no attribute 'EarlyStoping'",
+    ),
+    "model's value": (["--model.num_classes", "0"], "model.num_classes 0 must be 2 or above"),
+    "transform's value": (["--data.train_transform.image_size", "-3"], "data.train_transform.image_size is -3"),
+    "Trainer's value": (["--trainer.val_check_interval", "1.5"], "trainer: You have passed invalid value 1.5"),
+    "checkpoint's value": (["--checkpoint.keep_last", "0"], "checkpoint.keep_last 0 must be 2 or above"),
+    "guard's value": (["--guard.silence_s", "0"], "guard.silence_s 0"),
+}
+
+
+@pytest.mark.parametrize("verb", ["plan", "submit"])
+@pytest.mark.parametrize("name", TYPOS)
+def test_a_typo_is_refused_before_it_waits_in_a_queue(verb, name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, message = TYPOS[name]
+    assert cli.main([verb, *BASE, "--data.path", "d", *words, *(["--dry-run"] if verb == "submit" else [])]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_typo_in_a_file_is_found_at_its_line_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "mine.yaml"
+    config.write_text("slurm:\n  nodes: 1\nmodel:\n  init_args:\n    optim:\n      lrr: 1\n")
+    assert cli.main(["submit", "--dry-run", *BASE, "--config", str(config)]) == 2
+    assert f"unknown key model.optim.lrr ({config}:6); nearest: model.optim.lr\n" in capsys.readouterr().err
+
+
 def test_without_slurm_submit_says_where_to_go(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["submit", *BASE, f"--run_dir={tmp_path / 'run'}"]) == 2
     assert "there is no sbatch here: submit on a login node" in capsys.readouterr().err
-
-
-TRAPS = {
-    "batch": (
-        ["--data.batch_size", "1001"],
-        "1001 is not divisible by data.lanes x data.repeats = 8; nearest valid: 1000 or",
-    ),
-    "ranks": (["--data.batch_size", "8"], "leaves some of 16 processes without a sample; nearest valid: 16"),
-    "deepspeed": (["--trainer.strategy", "deepspeed_stage_2"], "use fsdp2, zero1, zero2 or zero3"),
-    "fsdp": (
-        ["--trainer.strategy=lightning.pytorch.strategies.FSDPStrategy"],
-        "FSDPStrategy writes checkpoints of its own",
-    ),
-    "spawn": (["--trainer.strategy", "ddp_spawn"], "starts processes itself, as srun does; use ddp"),
-    "average": (
-        ["--config", "deepspeed/zero3"],
-        "model.ema_decay 0.99 needs whole weights, which ZeRO stage 3 divides",
-    ),
-    "average by name": (
-        ["--trainer.strategy", "zero3"],
-        "use --trainer.strategy fsdp2 or zero2, or --model.ema_decay null",
-    ),
-    "sampler": (["--trainer.use_distributed_sampler", "true"], "would divide every rank's share again; leave it out"),
-    "workers": (
-        ["--data.num_workers", "9"],
-        "data.num_workers 9 is more than slurm.cpus_per_task 8; use --data.num_workers 7",
-    ),
-    "fork": (
-        ["--data.num_workers=2", "--data.worker_start=fork"],
-        "fork copies a process that uses a GPU; use forkserver",
-    ),
-    "unsaved": (
-        ["--checkpoint.every_n_epochs", "0"],
-        "saves nothing before the end: a lost node would cost everything",
-    ),
-    "shards": (
-        ["--data.sources", "null", "--data.path", "none"],
-        "data.path none has no dataset.json here; pack the data",
-    ),
-    "accumulation": (
-        ["--config", "deepspeed/zero2", "--trainer.strategy.config.gradient_accumulation_steps", "4"],
-        "DeepSpeed's gradient_accumulation_steps is decided by trainer.accumulate_grad_batches; take it out",
-    ),
-    "clipping": (
-        ["--config", "deepspeed/zero2", "--trainer.strategy.init_args.config.gradient_clipping=1.0"],
-        "DeepSpeed's gradient_clipping is decided by trainer.gradient_clip_val",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TRAPS)
-def test_a_trap_is_refused_with_its_mend(name):
-    options, message = TRAPS[name]
-    assert refused() == []
-    (reason,) = refused(*options)
-    assert message in reason
-
-
-def test_traps_of_processes_without_gpus_are_refused():
-    cpus = SlurmConfig(gpus_per_node=0, tasks_per_node=2)
-    offload = ["--config", "deepspeed/zero3_cpu", "--model.ema_decay", "null"]
-    assert refused(*offload) == []
-    assert refused(*offload, config=cpus) == ["offloading to main memory needs GPUs; slurm.gpus_per_node is 0"]
-    assert (
-        "needs GPUs, slurm.gpus_per_node is 0; use 32-true"
-        in refused("--trainer.precision", "16-mixed", config=cpus)[0]
-    )
-
-
-def test_a_compiler_cache_on_a_shared_disk_is_refused():
-    shared = SlurmConfig(environment={"TRITON_CACHE_DIR": "/home/me/cache"})
-    assert "/home/me/cache is shared by the nodes, whose compilers would race there" in refused(config=shared)[0]
-    assert refused(config=SlurmConfig(environment={"TRITON_CACHE_DIR": "/tmp/cache"})) == []
 
 
 def test_a_lead_too_short_for_the_checkpoint_is_refused():
@@ -184,7 +159,7 @@ def test_activations_are_those_that_autograd_keeps():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     images = torch.zeros(3, 3, 2, 2)
     # The input of either layer; tanh keeps its output, which is the second layer's input.
-    assert activation_bytes(network, images) == 4 * 3 * (12 + 5)
+    assert activation_bytes(network, lambda: network(images)) == 4 * 3 * (12 + 5)
 
 
 def test_arithmetic_is_that_of_the_data_module(tmp_path):
@@ -194,7 +169,64 @@ def test_arithmetic_is_that_of_the_data_module(tmp_path):
     samples = plan.samples_in(settings, Path())
     rows = dict(plan.arithmetic(settings, SlurmConfig(nodes=3, gpus_per_node=4), samples))
     assert rows["batch"] == "64 samples, 5 or 6, weighted a process; even: 60 or 72, 4 batches a step"
-    assert rows["epoch"] == "1438 samples, 22 batches, 6 steps, 90 steps in 15 epochs"
+    assert rows["epoch"] == "1438 samples, 22 batches, 6 steps; 90 steps in all, 15 epochs"
+    settings = described(*BASE, *options, "--trainer.max_steps", "33")
+    assert plan.total_steps(settings, samples) == 33
+    _, *_, (label, duration) = plan.forecast(settings, GPUS, plan.Sizes(9, 9, (32, 32), 0.1, "x"), samples)[0]
+    assert (label, duration) == ("duration", f"{33 * 4 * 64 / 1.6 / 3600:.1f} h at best, 1 start of this job")
+
+
+@pytest.mark.parametrize("slurm", [name for name in packaged_configs() if name.startswith("slurm/")])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_packaged_training_has_a_plan_on_every_packaged_request(task, slurm):
+    """Whatever is refused is mended by what the refusal says; what then comes out are lines without a hole."""
+    config, folder = merge([(slurm, slurm_section(find_config(slurm)))]), find_config("slurm/debug").parent
+    options = ["--config", task, "--data.sources", "digits", "--data.num_workers", "4"]
+    for reason in refusals(described(*options), config, folder):
+        assert "leaves some of" in reason, reason
+        options += ["--data.batch_size", reason.rpartition(" ")[2]]
+    settings = described(*options)
+    assert refusals(settings, config, folder) == []
+    sizes = plan.Sizes(30_000_000, 100_000_000, (512, 512), 10.0, "a device")
+    rows, refused = plan.forecast(settings, config, sizes, 100_000)
+    labels = [label for label, _ in [*plan.arithmetic(settings, config, 100_000), *rows]]
+    assert labels[:4] == ["processes", "strategy", "batch", "epoch"]
+    assert labels[4:] == ["time", "memory", "checkpoint", "speed", "duration"]
+    assert not any(word in text for _, text in rows for word in ("None", "nan", "unknown", "not measured"))
+    assert refused == []
+    unknown, _ = plan.forecast(settings, config, plan.Sizes(9, why_not="a reason"), None)
+    assert "activations, which are unknown (a reason)" in dict(unknown)["memory"]
+    assert dict(unknown)["speed"] == "a reason"
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TASKS]
+)
+def test_every_packaged_training_is_weighed(task):
+    """Parsed, built and sent through, as `plan` does it."""
+    options = parse(["--config", str(find_config(task)), "--data.sources", "digits"])
+    refuse_options(options)
+    sizes = weigh(options, calibrate=False)
+    assert sizes.parameters > 500_000 and sizes.activation_bytes > 500_000 and min(sizes.size) >= 32
+
+
+@pytest.mark.parametrize("task", ["digits/detection", "digits/segmentation"])
+def test_small_images_stand_for_large_ones(task):
+    options = parse(["--config", str(find_config(task))])
+    transform = build_data(options.data).train_transform
+    probe = probe_of(build_model(options.model), transform)
+    assert probe.is_linear
+    large, cpu = replace(probe, size=(384, 512)), torch.device("cpu")
+    torch.manual_seed(0)
+    measured = activation_bytes(large.network.train(), lambda: large.step(2, large.size, cpu)) // 2
+    assert activations_of(large) == pytest.approx(measured, rel=0.05)
+
+
+def test_a_model_of_somebody_elses_is_weighed_without_its_activations():
+    options = parse(["--model", "lightning.pytorch.demos.boring_classes.BoringModel", *FOREIGN])
+    sizes = weigh(options, calibrate=True)
+    assert (sizes.parameters, sizes.activation_bytes, sizes.samples_per_s) == (66, None, None)
+    assert sizes.why_not.endswith("are not a pair of this project's")
 
 
 def test_defaults_of_the_plan_are_those_of_the_data_module():
@@ -209,9 +241,9 @@ def test_the_plan_refuses_a_typo_and_describes_a_job(capsys, tmp_path, monkeypat
     assert cli.main(["plan", *BASE, *cpus, "--calibrate"]) == 0
     told = capsys.readouterr().out
     for words in (
-        "2: 1 nodes x 2 CPU processes",
+        "2: 1 node x 2 on CPUs; 8 cores and 0 workers each",
         "64 samples, 32 a process",
-        "CPU threads, float32, 32 pixels",
+        "CPU threads, float32, samples of 32 x 32 pixels",
         "optimizer 5 MiB",
     ):
         assert words in told
@@ -252,7 +284,7 @@ def test_offloads_that_a_stage_cannot_do_are_refused(arguments, message):
 def test_a_request_tells_slurms_options_from_the_trainings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--slurm", "slurm/one_node", "--slurm.nodes=2", *BASE, "--data.batch_size", "128", "--dry-run"]
-    request = cluster_cli.read_request(words, frozenset({"--dry-run"}))
+    request = read_request(words, frozenset({"--dry-run"}))
     assert (request.slurm.nodes, request.slurm.gpus_per_node, request.flags) == (2, 8, {"--dry-run"})
     assert request.fit == ("--config", str(find_config("digits/classification")), "--data.batch_size", "128")
     assert request.run == tmp_path / "runs" / "digits-classification"

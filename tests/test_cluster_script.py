@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.distributed.run import get_args_parser as torchs_parser
 
 from cluster.config import SlurmConfig
 from cluster.sbatch import Job, default_name, render
@@ -240,7 +241,8 @@ def test_a_container_is_wrapped_around_the_training_and_not_around_the_script(tm
 def test_bandwidth_is_measured_first_and_a_failure_keeps_the_training_from_starting(tmp_path):
     script = render(SlurmConfig(min_bandwidth_gb_s=10), job(tmp_path, "-m", "x"))
     first, second = play(script, tmp_path)[2]
-    assert first[-4:] == ["-m", "lightning_modules.bandwidth", "--at-least", "10"]
+    strikes = ["--strikes", f"{tmp_path}/run/job/strikes"]
+    assert trained([first])[1:] == ["-m", "lightning_modules.bandwidth", "--at-least", "10", *strikes]
     assert trained([second])[1:3] == ["-m", "x"]
     code, _, calls = play(script, tmp_path, CODE="80")
     assert code == 80 and [words[0] for words in calls] == ["srun", "requeue"]
@@ -251,9 +253,10 @@ def test_torchrun_starts_one_agent_per_node(tmp_path):
     script = render(config, job(tmp_path, "-m", "x"))
     assert "#SBATCH --ntasks-per-node=1" in script and "#SBATCH --cpus-per-task=12" in script
     (call,) = play(script, tmp_path)[2]
-    assert call.count("--") == 2 and "--agent" in call[: call.index("--")]
+    assert call.count("--") == 3 and "--agent" in call[: call.index("--")]
     agent = call[call.index("--") + 1 :]
     assert agent[1:8] == ["-m", "torch.distributed.run", "--no-python", "--nnodes", "2", "--nproc-per-node", "4"]
+    assert torchs_parser().parse_args(agent[3:]).training_script_args[:2] == ["-m", "cluster.launch"]
 
 
 @pytest.mark.parametrize(

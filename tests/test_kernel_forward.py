@@ -68,7 +68,7 @@ def test_devices_before_ampere_and_float64_are_not_served():
     assert tiles.hindrance((10, 0), torch.float16, 8, 128) is None
     assert tiles.hindrance(None, torch.float32, 128, 128) is None
     assert tiles.hindrance((8, 9), torch.float32, 64, 64) is None
-    assert tiles.hindrance((9, 0), torch.float32, 96, 128) is None
+    assert tiles.hindrance((9, 0), torch.float32, 48, 64) is None
     assert tiles.hindrance((7, 5), torch.float16, 32, 32) == "no kernel serves float16 on compute capability 7.5"
     assert tiles.hindrance((9, 0), torch.float64, 32, 32) == "no kernel serves float64 on compute capability 9.0"
     too_wide = "no kernel serves float32 heads of 96 channels on compute capability 8.6"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,27 @@ def test_a_hung_rank_alone_ends_itself_and_the_next_attempt_goes_on(start, tmp_p
     first, second = read_attempts(root)
     assert (first.end_step, second.step, second.code) == (6, 6, ExitCode.DONE)
     assert "rank 0 on host" in first.reason
+
+
+def test_a_hung_data_worker_is_named_with_rank_shard_and_sample(start, data, tmp_path):
+    """By the heartbeat while the rank waits, and by the loader when its patience ends: exit code 1, failed."""
+    copies = [str(shutil.copytree(data, tmp_path / f"data-{rank}")) for rank in range(2)]
+    place = rf"data worker 0 at {re.escape(copies[1])}/train/\S+\.tar, sample '\S+'"
+    beaten = []
+
+    def listen(pids):
+        deadline = time.monotonic() + 30
+        while not beaten and time.monotonic() < deadline:
+            beats = read_beats(tmp_path / "run")
+            beaten.extend(beat for beat in beats if beat.rank == 1 and re.search(place, beat.note.detail))
+            time.sleep(0.02)
+
+    codes, seconds, logs = start(tmp_path / "run", guard=GUARD, data=copies, dead_disk=1, meanwhile=listen)
+    assert codes == [ExitCode.FAILED] * 2, logs
+    assert max(seconds) < 15
+    assert re.search(r"rank 1: " + place.replace("worker 0 at", r"worker 0 hangs since \d s at"), logs[1]), logs
+    assert beaten and beaten[0].note.phase == "fetch" and beaten[0].stuck_s > 0
+    assert re.fullmatch(rf"phase fetch at step 0 \({place}\)", str(beaten[0]))
 
 
 def test_a_slow_rank_and_a_pause_of_all_are_no_hang(start, tmp_path):

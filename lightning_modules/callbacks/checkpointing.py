@@ -153,9 +153,9 @@ class RunCheckpoints(Checkpoint):
         """Take over the ranking; what is gone by now is left out as training starts."""
         self._scores = [Score(int(step), float(value)) for step, value in state_dict["scores"]]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a checkpoint of another kind of strategy, before anything is loaded."""
-        if stage == "fit" and trainer.ckpt_path:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another kind of strategy: only its weights would fit."""
+        if trainer.state.fn == "fit" and trainer.ckpt_path:
             require_same_kind(trainer.strategy, Path(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -49,6 +49,7 @@ class Heartbeat(Checkpoint):
         """The first batch is next."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         self._loader_s = getattr(data, "timeout_s", None) if getattr(data, "num_workers", 0) else None
+        self._guards.pulse.loading = getattr(trainer.train_dataloader, "loading", str)
         self._guards.has_begun = True
         self._note(trainer, "fetch")
 

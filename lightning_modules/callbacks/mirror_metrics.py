@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.callbacks.figures import MonitoringConfig, curve_step, is_last_validation
 from mirrorla.diagnostics import mirror_histograms, mirror_metrics
@@ -29,6 +30,8 @@ def probed_images(batch: Any) -> Tensor:
 class MirrorMetrics(Callback):
     """Log the mirror metrics of the evaluated network on rank 0; nothing for a network without mirrors.
 
+    Nothing either where parameters are divided among ranks (fsdp2, zero3): no rank has the mirrors' own whole.
+
     Args:
         config: how often and on how many images.
     """
@@ -48,6 +51,8 @@ class MirrorMetrics(Callback):
             return
         evaluated: nn.Module = getattr(pl_module, "evaluated", pl_module)
         network = getattr(evaluated, "backbone", evaluated)  # of a dense task's network, only this has mirrors
+        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in network.parameters()):
+            return
         batch = trainer.datamodule.probe_batch(self._config.num_probes)  # type: ignore[attr-defined]
         images = probed_images(batch).to(pl_module.device)
         step = curve_step(trainer)

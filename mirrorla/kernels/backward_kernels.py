@@ -5,15 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mirrorla.kernels.mapping import (
-    key_count,
-    load_mirror,
-    load_state,
-    load_vector,
-    placed,
-    store_state,
-    store_vector,
-)
+from mirrorla.kernels.mapping import key_count, load_mirror, load_vector, placed, store_vector
+from mirrorla.kernels.states import load_state, scaled, store_state
 from mirrorla.kernels.walks import key_gradients, query_gradients, sum_keys
 
 
@@ -81,7 +74,7 @@ def attend_backward_kernel(
             *(k_cos, k_sin, mask, b * mask_b, 0, M, power),
             *(DK, DV, BLOCK_DK, BLOCK_DV, BLOCK, POWER, PARTS, mirror_cos is not None),
         )
-        total, key_mean = total * scale, key_sum * scale
+        total, key_mean = scaled(total, scale), key_sum * scale
     queries = (q + b * q_b + h * q_h, q_n, grad_out + b * grad_out_b + h * grad_out_h, grad_out_n)
     grads = (dq + (b * N * H + h) * DK, H * DK)
     dS, ds, cos_q, sin_q = query_gradients(
@@ -96,7 +89,7 @@ def attend_backward_kernel(
     cos_k, sin_k = key_gradients(
         *(k, k_n, v, v_n),
         *key_grads,
-        *(dS * scale, ds * scale),
+        *(scaled(dS, scale), ds * scale),
         *mirror,
         *(k_cos, k_sin, mask, b * mask_b, 0, M, power),
         *(DK, DV, BLOCK_DK, BLOCK_DV, BLOCK, POWER, PARTS, mirror_cos is not None),
@@ -167,7 +160,7 @@ def query_backward_kernel(
     )
     if SCALED:
         scale = 1.0 / key_count(mask, b * mask_b, M)
-        dS, ds = dS * scale, ds * scale
+        dS, ds = scaled(dS, scale), ds * scale
     index = head * parts + part
     store_state(states + index * (DK * DV), dS, DK, DV, BLOCK_DK, BLOCK_DV)
     store_vector(means + index * DK, ds, DK, BLOCK_DK)

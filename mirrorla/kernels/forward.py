@@ -11,15 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mirrorla.kernels import launch, tiles
-from mirrorla.kernels.mapping import (
-    key_count,
-    load_mirror,
-    load_state,
-    load_vector,
-    placed,
-    store_state,
-    store_vector,
-)
+from mirrorla.kernels.mapping import key_count, load_mirror, load_vector, placed, store_vector
+from mirrorla.kernels.states import load_state, scaled, store_state
 from mirrorla.kernels.walks import read_state, sum_keys
 
 
@@ -185,7 +178,7 @@ def attend_kernel(
         *(DK, DV, BLOCK_DK, BLOCK_DV, BLOCK, POWER, PARTS, mirror_cos is not None),
     )
     scale = 1.0 / key_count(mask, b * mask_b, M)
-    total, key_sum = total * scale, key_sum * scale
+    total, key_sum = scaled(total, scale), key_sum * scale
     if KEEP:
         store_state(state + head * (DK * DV), total, DK, DV, BLOCK_DK, BLOCK_DV)
         store_vector(mean + head * DK, key_sum, DK, BLOCK_DK)
@@ -246,7 +239,7 @@ def state_kernel(
     )
     if SCALED:
         scale = 1.0 / key_count(mask, b * mask_b, M)
-        total, key_sum = total * scale, key_sum * scale
+        total, key_sum = scaled(total, scale), key_sum * scale
     index = (b * H + h) * parts + part
     store_state(states + index * (DK * DV), total, DK, DV, BLOCK_DK, BLOCK_DV)
     store_vector(means + index * DK, key_sum, DK, BLOCK_DK)

@@ -115,7 +115,7 @@ def tile_of(op: tiles.Op, x: Tensor, dv: int, *extras: Tensor | None, power: flo
 
 def sizes(tile: tiles.Tile, dtype: torch.dtype, dk: int, dv: int) -> Arguments:
     """What is compiled in."""
-    widths = {"DK": dk, "DV": dv, "BLOCK_DK": tiles.padded(dk), "BLOCK_DV": tiles.padded(dv)}
+    widths = {"DK": dk, "DV": dv, "BLOCK_DK": tiles.padded(dk), "BLOCK_DV": min(tiles.padded(dv), tile.values)}
     cut = {"BLOCK": tile.tokens, "num_warps": tile.warps, "num_stages": tile.stages}
     return {**widths, **cut, "PARTS": PARTS[dtype], **FUSION}
 

@@ -125,29 +125,6 @@ def load_rope(
 
 
 @triton.jit
-def load_state(
-    base: tl.tensor, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr
-) -> tl.tensor:
-    """A stored (dk, dv) state as (BLOCK_DV, BLOCK_DK)."""
-    i, j = tl.arange(0, BLOCK_DV)[:, None], tl.arange(0, BLOCK_DK)[None, :]
-    return tl.load(base + j * DV + i, mask=(i < DV) & (j < DK), other=0.0)
-
-
-@triton.jit
-def store_state(
-    base: tl.tensor,
-    state: tl.tensor,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_DK: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-) -> None:
-    """The inverse of `load_state`."""
-    i, j = tl.arange(0, BLOCK_DV)[:, None], tl.arange(0, BLOCK_DK)[None, :]
-    tl.store(base + j * DV + i, state, mask=(i < DV) & (j < DK))
-
-
-@triton.jit
 def pairs(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """(T, D) to its even and odd columns, (T, D/2) each."""
     return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))

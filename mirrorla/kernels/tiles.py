@@ -30,11 +30,14 @@ WIDTHS = range(8, 129)
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: tokens of a tile, warps of a program, depth of its software pipeline."""
+    """How a kernel is cut."""
 
     tokens: int
     warps: int
     stages: int
+    """Depth of the software pipeline."""
+    values: int = 64
+    """Most value channels of a product: their tiles take registers."""
 
 
 def hindrance(device_capability: tuple[int, int] | None, dtype: torch.dtype, dk: int, dv: int) -> str | None:
@@ -58,7 +61,7 @@ def hindrance(device_capability: tuple[int, int] | None, dtype: torch.dtype, dk:
         where = f"compute capability {major}.{device_capability[1]}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or major < 8:
         return f"no kernel serves {name} on {where}"
-    if major == 8 and dtype == torch.float32 and max(dk, dv) > 64:  # backward asks for 200 KB of shared memory
+    if device_capability is not None and dtype == torch.float32 and max(dk, dv) > 64:  # three parts spill
         return f"no kernel serves {name} heads of {max(dk, dv)} channels on {where}"
     return None
 
@@ -136,32 +139,37 @@ _FORWARD = {16: (Tile(64, 4, 3),) * 2, 32: (Tile(64, 4, 3),) * 2, 64: (Tile(64, 
 
 TABLE: _Table = {
     "forward": {
-        torch.bfloat16: {**_FORWARD, 128: (Tile(64, 8, 2), Tile(32, 8, 2))},
-        torch.float16: {**_FORWARD, 128: (Tile(32, 8, 2), Tile(32, 8, 2))},
-        torch.float32: {
-            16: (Tile(64, 4, 2), Tile(64, 4, 2)),
+        torch.bfloat16: {**_FORWARD, 128: (Tile(64, 8, 2), Tile(32, 8, 1))},
+        torch.float16: {
+            16: (Tile(64, 4, 3), Tile(64, 4, 3)),
             32: (Tile(64, 4, 2), Tile(64, 4, 2)),
-            64: (Tile(32, 4, 2), Tile(32, 4, 2)),
+            64: (Tile(64, 4, 2), Tile(64, 8, 2)),
+            128: (Tile(32, 8, 2), Tile(16, 8, 2)),
+        },
+        torch.float32: {
+            16: (Tile(64, 8, 2), Tile(32, 8, 2)),
+            32: (Tile(16, 4, 1), Tile(32, 4, 2)),
+            64: (Tile(16, 4, 2), Tile(32, 4, 2)),
             128: (Tile(32, 8, 2), Tile(32, 8, 2)),
         },
     },
     "backward": {
         torch.bfloat16: {
             16: (Tile(64, 4, 2), Tile(64, 4, 2)),
-            32: (Tile(64, 4, 2), Tile(64, 8, 2)),
+            32: (Tile(64, 4, 2), Tile(16, 4, 2)),
             64: (Tile(64, 8, 2), Tile(32, 8, 2)),
-            128: (Tile(32, 8, 2), Tile(16, 8, 1)),
+            128: (Tile(32, 8, 1), Tile(16, 8, 1, 128)),
         },
         torch.float16: {
             16: (Tile(64, 4, 2), Tile(64, 8, 2)),
-            32: (Tile(64, 8, 2), Tile(64, 8, 2)),
-            64: (Tile(64, 8, 2), Tile(32, 8, 2)),
-            128: (Tile(16, 8, 1), Tile(16, 8, 1)),
+            32: (Tile(32, 8, 2), Tile(16, 4, 2)),
+            64: (Tile(64, 8, 2), Tile(16, 8, 2)),
+            128: (Tile(16, 8, 1, 16), Tile(16, 8, 1, 32)),
         },
         torch.float32: {
-            16: (Tile(32, 4, 2), Tile(32, 4, 2)),
-            32: (Tile(32, 4, 2), Tile(16, 8, 1)),
-            64: (Tile(32, 8, 1), Tile(16, 8, 1)),
+            16: (Tile(32, 8, 2), Tile(32, 8, 2)),
+            32: (Tile(32, 8, 1), Tile(16, 4, 2)),
+            64: (Tile(16, 8, 1), Tile(16, 8, 1)),
             128: (Tile(16, 8, 1), Tile(16, 8, 1)),
         },
     },
@@ -172,15 +180,15 @@ Chosen so that the compiler spills as little as can be (benchmarks/results/kerne
 device has measured them yet.
 """
 
-_SMALL = {64: (Tile(32, 4, 3), Tile(32, 4, 3)), 128: (Tile(16, 8, 2), Tile(16, 8, 2))}
-_SMALL_BACKWARD = {64: (Tile(32, 8, 2), Tile(16, 8, 2)), 128: (Tile(16, 8, 1), Tile(16, 8, 1))}
+_SMALL = {64: (Tile(32, 4, 3), Tile(32, 4, 3)), 128: (Tile(16, 8, 2, 32), Tile(16, 8, 2))}
+_SMALL_BACKWARD = {64: (Tile(32, 8, 2), Tile(16, 8, 2)), 128: (Tile(16, 8, 1, 16), Tile(16, 8, 1, 32))}
 
 AMPERE: _Table = {
     "forward": {torch.bfloat16: _SMALL, torch.float16: _SMALL, torch.float32: {128: _SMALL[128]}},
     "backward": {
         torch.bfloat16: _SMALL_BACKWARD,
         torch.float16: _SMALL_BACKWARD,
-        torch.float32: {64: (Tile(16, 8, 1), Tile(16, 8, 1))},
+        torch.float32: {},
     },
 }
 """Where compute capability 8 differs: its products hold both operands in registers, newer ones in shared memory."""

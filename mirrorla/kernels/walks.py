@@ -1,6 +1,6 @@
 """Device functions that walk tokens: keys into a state, queries through it, and both ways back.
 
-The state and its gradient are held transposed, (BLOCK_DV, BLOCK_DK); see mapping.py.
+The state and its gradient are held transposed and cut by value channels; see states.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mirrorla.kernels.mapping import (
     turned,
     turned_back,
 )
+from mirrorla.kernels.states import split_state, zero_state
 
 
 @triton.jit
@@ -49,20 +50,23 @@ def sum_keys(
     POWER: tl.constexpr,
     PARTS: tl.constexpr,
     MIRROR: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Unscaled state (BLOCK_DV, BLOCK_DK) and key sum (BLOCK_DK,) of the keys first … last."""
+) -> tuple[tuple[tl.tensor, ...], tl.tensor]:
+    """Unscaled state and key sum (BLOCK_DK,) of the keys first … last."""
     ROPE: tl.constexpr = k_cos is not None
     MAPPED: tl.constexpr = 2 if PARTS == 1 and (MIRROR or ROPE or POWER != 1) else PARTS
-    state = tl.zeros((BLOCK_DV, BLOCK_DK), tl.float32)
+    state = zero_state(DV, BLOCK_DK, BLOCK_DV)
     total = tl.zeros((BLOCK, BLOCK_DK), tl.float32)  # its rows are added once, after the loop
     for start in range(first, last, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         valid = kept(mask, mask_row, rows, rows < last)
         phi = raised(rectified(load_rows(k, k_n, rows, valid, DK, BLOCK_DK), cos, sin, MIRROR), power, POWER)
-        value = transposed(*split(load_rows(v, v_n, rows, valid, DV, BLOCK_DV), PARTS))
         row_cos, row_sin = load_rope(k_cos, k_sin, rows, valid, DK // 2, BLOCK_DK // 2)
         roped = split(turned(phi, row_cos, row_sin, ROPE), MAPPED)
-        state += product(*value, *roped, PARTS, MAPPED)
+        sums = ()
+        for c in tl.static_range(len(state)):
+            value = split(load_rows(v + c * BLOCK_DV, v_n, rows, valid, DV - c * BLOCK_DV, BLOCK_DV), PARTS)
+            sums += (state[c] + product(*transposed(*value), *roped, PARTS, MAPPED),)  # type: ignore[assignment]
+        state = sums
         total += phi
     return state, tl.sum(total, 0)
 
@@ -73,7 +77,7 @@ def read_state(
     q_n: tl.tensor,
     out: tl.tensor,
     out_n: tl.tensor,
-    state: tl.tensor,
+    state: tl.tuple,
     mean: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
@@ -96,7 +100,7 @@ def read_state(
     ROPE: tl.constexpr = q_cos is not None
     MAPPED: tl.constexpr = 2 if PARTS == 1 and (MIRROR or ROPE or POWER != 1) else PARTS
     FINE: tl.constexpr = 2 if PARTS == 1 else PARTS
-    parts = split(state, FINE)
+    parts = split_state(state, FINE)
     for start in range(first, last, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         valid = rows < last
@@ -104,8 +108,9 @@ def read_state(
         row_cos, row_sin = load_rope(q_cos, q_sin, rows, valid, DK // 2, BLOCK_DK // 2)
         roped = transposed(*split(turned(phi, row_cos, row_sin, ROPE), MAPPED))
         z = tl.sum(phi * mean[None, :], 1) + eps
-        y = product(*parts, *roped, FINE, MAPPED)
-        store_columns(out, out_n, rows, valid, y / z[None, :], DV, BLOCK_DV)
+        for c in tl.static_range(len(state)):
+            y = product(*parts[c], *roped, FINE, MAPPED) / z[None, :]
+            store_columns(out + c * BLOCK_DV, out_n, rows, valid, y, DV - c * BLOCK_DV, BLOCK_DV)
 
 
 @triton.jit
@@ -116,7 +121,7 @@ def query_gradients(
     grad_out_n: tl.tensor,
     dq: tl.tensor,
     dq_n: tl.tensor,
-    state: tl.tensor,
+    state: tl.tuple,
     mean: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
@@ -134,12 +139,16 @@ def query_gradients(
     POWER: tl.constexpr,
     PARTS: tl.constexpr,
     MIRROR: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Write dq of the queries first … last; return gradients of state, mean and the mirror's tables."""
+) -> tuple[tuple[tl.tensor, ...], tl.tensor, tl.tensor, tl.tensor]:
+    """Write dq of the queries first … last; return gradients of state, mean and the mirror's tables.
+
+    Wide heads walk the queries twice, for dq and for the state's gradient: together they outgrow the registers.
+    """
     ROPE: tl.constexpr = q_cos is not None
+    APART: tl.constexpr = BLOCK_DK > 64
     FINE: tl.constexpr = 2 if PARTS == 1 else PARTS
-    parts = split(state, FINE)
-    grad_state = tl.zeros((BLOCK_DV, BLOCK_DK), tl.float32)
+    parts = split_state(state, FINE)
+    grad_state = zero_state(DV, BLOCK_DK, BLOCK_DV)
     grad_mean = tl.zeros((BLOCK_DK,), tl.float32)
     grad_cos = tl.zeros((BLOCK_DK // 2,), tl.float32)
     grad_sin = tl.zeros((BLOCK_DK // 2,), tl.float32)
@@ -147,17 +156,26 @@ def query_gradients(
         rows = start + tl.arange(0, BLOCK)
         valid = rows < last
         x = load_rows(q, q_n, rows, valid, DK, BLOCK_DK)
-        dy = split(load_rows(grad_out, grad_out_n, rows, valid, DV, BLOCK_DV), PARTS)
         row_cos, row_sin = load_rope(q_cos, q_sin, rows, valid, DK // 2, BLOCK_DK // 2)
         r = rectified(x, cos, sin, MIRROR)
         phi = raised(r, power, POWER)
-        # Rows past the end divide by 1: with eps = 0 theirs is 0.
-        reciprocal = 1.0 / tl.where(valid, tl.sum(phi * mean[None, :], 1) + eps, 1.0)
+        reciprocal = inverse(phi, mean, valid, eps)
         weight = turned(phi, row_cos, row_sin, ROPE) * reciprocal[:, None]
-        g = product(*dy, *parts, PARTS, FINE)
+        fine = split(weight, FINE)
+        g = tl.zeros((BLOCK, BLOCK_DK), tl.float32)
+        sums = ()
+        for c in tl.static_range(len(state)):
+            dy = load_rows(grad_out + c * BLOCK_DV, grad_out_n, rows, valid, DV - c * BLOCK_DV, BLOCK_DV)
+            dy = split(dy, PARTS)
+            # g's product comes last: mma.sync lays all products of a loop out by the last one's shape, and g's puts
+            # warps side by side over channels where the state's would have all of them work on the same few tokens.
+            if not APART:
+                sums += (grad_state[c] + product(*transposed(*dy), *fine, PARTS, FINE),)  # type: ignore[assignment]
+            g += product(*dy, *parts[c], PARTS, FINE)
+        if not APART:
+            grad_state = sums
         # Divided by z twice, never by z^2, which overflows at features of 1e12.
         dz = -tl.sum(weight * g, 1) * reciprocal
-        grad_state += product(*transposed(*dy), *split(weight, FINE), PARTS, FINE)
         grad_mean += tl.sum(dz[:, None] * phi, 0)
         grad = turned_back(g * reciprocal[:, None], row_cos, row_sin, ROPE) + dz[:, None] * mean[None, :]
         grad = through_map(grad, r, power, POWER)
@@ -166,7 +184,27 @@ def query_gradients(
             grad_cos += tile_cos
             grad_sin += tile_sin
         store_rows(dq, dq_n, rows, valid, reflected(grad, cos, sin, MIRROR), DK, BLOCK_DK)
+    if APART:
+        for start in range(first, last, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            valid = rows < last
+            x = load_rows(q, q_n, rows, valid, DK, BLOCK_DK)
+            row_cos, row_sin = load_rope(q_cos, q_sin, rows, valid, DK // 2, BLOCK_DK // 2)
+            phi = raised(rectified(x, cos, sin, MIRROR), power, POWER)
+            weight = turned(phi, row_cos, row_sin, ROPE) * inverse(phi, mean, valid, eps)[:, None]
+            fine = split(weight, FINE)
+            sums = ()
+            for c in tl.static_range(len(state)):
+                dy = load_rows(grad_out + c * BLOCK_DV, grad_out_n, rows, valid, DV - c * BLOCK_DV, BLOCK_DV)
+                sums += (grad_state[c] + product(*transposed(*split(dy, PARTS)), *fine, PARTS, FINE),)  # type: ignore[assignment]
+            grad_state = sums
     return grad_state, grad_mean, grad_cos, grad_sin
+
+
+@triton.jit
+def inverse(phi: tl.tensor, mean: tl.tensor, valid: tl.tensor, eps: tl.tensor) -> tl.tensor:
+    """1/z of mapped queries; 1 past the end, where z is 0 with eps = 0."""
+    return 1.0 / tl.where(valid, tl.sum(phi * mean[None, :], 1) + eps, 1.0)
 
 
 @triton.jit
@@ -179,7 +217,7 @@ def key_gradients(
     dk_n: tl.tensor,
     dv: tl.tensor,
     dv_n: tl.tensor,
-    grad_state: tl.tensor,
+    grad_state: tl.tuple,
     grad_mean: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
@@ -203,7 +241,7 @@ def key_gradients(
     ROPE: tl.constexpr = k_cos is not None
     MAPPED: tl.constexpr = 2 if PARTS == 1 and (MIRROR or ROPE or POWER != 1) else PARTS
     FINE: tl.constexpr = 2 if PARTS == 1 else PARTS
-    parts = split(grad_state, FINE)
+    parts = split_state(grad_state, FINE)
     grad_cos = tl.zeros((BLOCK_DK // 2,), tl.float32)
     grad_sin = tl.zeros((BLOCK_DK // 2,), tl.float32)
     for start in range(first, last, BLOCK):
@@ -211,13 +249,15 @@ def key_gradients(
         valid = rows < last
         keep = kept(mask, mask_row, rows, valid)
         x = load_rows(k, k_n, rows, keep, DK, BLOCK_DK)
-        value = split(load_rows(v, v_n, rows, keep, DV, BLOCK_DV), PARTS)
         row_cos, row_sin = load_rope(k_cos, k_sin, rows, keep, DK // 2, BLOCK_DK // 2)
         r = rectified(x, cos, sin, MIRROR)
         roped = transposed(*split(turned(raised(r, power, POWER), row_cos, row_sin, ROPE), MAPPED))
-        grad_v = product(*parts, *roped, FINE, MAPPED)
-        store_columns(dv, dv_n, rows, valid, grad_v, DV, BLOCK_DV)
-        grad = product(*value, *parts, PARTS, FINE)
+        grad = tl.zeros((BLOCK, BLOCK_DK), tl.float32)
+        for c in tl.static_range(len(grad_state)):
+            grad_v = product(*parts[c], *roped, FINE, MAPPED)
+            store_columns(dv + c * BLOCK_DV, dv_n, rows, valid, grad_v, DV - c * BLOCK_DV, BLOCK_DV)
+            value = split(load_rows(v + c * BLOCK_DV, v_n, rows, keep, DV - c * BLOCK_DV, BLOCK_DV), PARTS)
+            grad += product(*value, *parts[c], PARTS, FINE)
         grad = turned_back(grad, row_cos, row_sin, ROPE) + grad_mean[None, :]
         grad = through_map(grad, r, power, POWER)
         if MIRROR:

@@ -1,0 +1,146 @@
+"""A trained network as other programs can run it: mirrors folded, attention in operators that every runtime knows.
+
+The project's own operators are fast where this package is installed and unknown elsewhere; their place is taken by the
+plain PyTorch below, in fp32. What an exported file computes is compared with the network it was made from each time.
+
+Shapes: B images, N = h·w tokens, H heads, d channels of a head, C = H·d.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mirrorla.attention import Grid, MirrorAttention
+from mirrorla.heads.upernet import POOL_SIZES, PyramidPooling
+from mirrorla.kernels import reference
+from mirrorla.kernels.reference import Tables
+from mirrorla.layers import to_map, to_tokens
+from mirrorla.mirror_parameters import MirrorConfig, MirrorParameters
+from mirrorla.positions import rotate
+from mirrorla.pyramid import MirrorPyramid
+
+
+class PortableAttention(nn.Module):
+    """A folded MirrorAttention of one image's tokens, whose program holds for every grid.
+
+    Sizes stay symbols: nothing asks how many tokens there are, as the operator's fast paths do.
+
+    Args:
+        layer: folded; its parameters are shared.
+    """
+
+    def __init__(self, layer: MirrorAttention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, N, C) of a grid -> (B, N, C)."""
+        layer = self.layer
+        q, k, v, gate = layer.project(x)
+        rope = layer.rope(grid, x.device)
+        assert rope is not None, "a grid has positions"
+        if layer.mirrors is None:
+            y = _softmax_attention(q, k, v, rope)
+        else:
+            y = _mirror_attention(q, k, v, _mirror_tables(layer.mirrors, q, k), rope, layer.mirrors.config.power)
+        y = y.flatten(2) + to_tokens(layer.lepe(to_map(v.flatten(2), grid)))
+        return layer.proj(layer.norm(y) * F.silu(gate))
+
+
+class PortablePooling(nn.Module):
+    """A segmenter's pooled context; ONNX has no average over regions whose number is fixed and whose size is not.
+
+    Args:
+        pooling: its parameters are shared.
+    """
+
+    def __init__(self, pooling: PyramidPooling) -> None:
+        super().__init__()
+        self.pooling = pooling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, h, w) -> (B, channels, h, w)."""
+        branches = zip(self.pooling.branches, POOL_SIZES, strict=True)
+        pooled = [branch(region_means(x, parts)) for branch, parts in branches]
+        resized = [F.interpolate(part, size=x.shape[2:], mode="bilinear", align_corners=False) for part in pooled]
+        return self.pooling.fuse(torch.cat([x, *resized], 1))
+
+
+def region_means(x: Tensor, parts: int) -> Tensor:
+    """F.adaptive_avg_pool2d(x, parts) as weighted sums: (B, C, h, w) -> (B, C, parts, parts)."""
+    rows, columns = (_region_weights(x.shape[place], parts, x) for place in (2, 3))
+    # No matmul: its reshapes would tie the program to widths that the number of parts does not divide.
+    x = (x.unsqueeze(2) * rows.unsqueeze(2)).sum(3)  # (B, C, parts, w)
+    return (x.unsqueeze(3) * columns).sum(4)
+
+
+def _region_weights(length: int, parts: int, like: Tensor) -> Tensor:
+    """(parts, length): each row the mean over cells floor(i·length/parts) … ceil((i+1)·length/parts) - 1."""
+    part = torch.arange(parts, device=like.device)[:, None]
+    cells = torch.arange(length, device=like.device)
+    inside = (cells >= part * length // parts) & (cells < ((part + 1) * length + parts - 1) // parts)
+    weights = inside.to(like.dtype)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose static mirrors are part of the projections.
+
+    Args:
+        network: anything that contains MirrorAttention layers, or none.
+    """
+    copied = copy.deepcopy(network).eval().requires_grad_(False)
+    if isinstance(copied, MirrorPyramid):
+        return copied.fold()
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, MirrorPyramid):
+            copied.set_submodule(name, module.fold())
+    return copied.eval()
+
+
+def portable(network: nn.Module) -> nn.Module:
+    """A folded network without this project's operators; parameters are shared."""
+    parts = {id(part): part for part in network.parameters()}
+    copied = copy.deepcopy(network, dict(parts))
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, MirrorAttention):
+            copied.set_submodule(name, PortableAttention(module))
+        elif isinstance(module, PyramidPooling):
+            copied.set_submodule(name, PortablePooling(module))
+    return copied.eval()
+
+
+def folded_mirrors(config: MirrorConfig) -> MirrorConfig:
+    """The mirrors that a folded network still has: what a plain model must be built with to take its weights."""
+    return MirrorParameters(1, 2, config).eval().without_static().config
+
+
+def _mirror_tables(mirrors: MirrorParameters, q: Tensor, k: Tensor) -> Tables | None:
+    """cos 2t and sin 2t (B, H, J) of the mirrors that follow the image; None where all are folded."""
+    if not mirrors.config.block_mirror:
+        return None
+    angle = mirrors.angles(_relative_variance(q, k))
+    return torch.cos(2 * angle), torch.sin(2 * angle)
+
+
+def _relative_variance(q: Tensor, k: Tensor) -> Tensor:
+    """rho (B, H, J) of as many queries as keys: together they are one set of 2 N tokens."""
+    x = torch.cat((q, k), 1)
+    mean = x.mean(1)
+    spread = (x - mean.unsqueeze(1)).square().mean(1).unflatten(-1, (-1, 2)).mean(-1)
+    return spread / (spread + mean.unflatten(-1, (-1, 2)).square().mean(-1) + 1e-6)
+
+
+def _mirror_attention(q: Tensor, k: Tensor, v: Tensor, mirror: Tables | None, rope: Tables, power: float) -> Tensor:
+    """Mirrored linear attention (B, N, H, d); see reference.py."""
+    phi_k = reference.feature_map(k, mirror, power)
+    # Means on both sides: a number of tokens turned into a float would be fixed in the program.
+    state = torch.einsum("bmhd,bmhe->bhde", rotate(phi_k, *rope), v) / k.shape[1]
+    return reference.apply_state(q, state, phi_k.mean(1), mirror=mirror, rope=rope, power=power)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, rope: Tables) -> Tensor:
+    heads = (rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2))
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2)
