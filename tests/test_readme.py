@@ -28,6 +28,9 @@ ONE_STEP_ON_CPU = (
     " --data.eval_transform.image_size 32 --data.eval_transform.resize 32"
 )
 TWO_STEPS = " --trainer.max_steps 2 --trainer.limit_val_batches 1"
+FROM_CLASSIFIER = (
+    "mirrorla fit --config digits/segmentation_upernet --model.backbone.pretrained runs/digits-classification"
+)
 INSTEAD = {
     "make test": None,  # this is it
     "make train": f"make -C {ROOT} train RUN_DIR=$PWD/runs/digits-classification",
@@ -40,7 +43,11 @@ INSTEAD = {
         "mirrorla fit --config digits/classification --run_dir runs/by-hand --trainer.max_steps 5"
     ),
     "mirrorla fit --config digits/detection": f"mirrorla fit --config digits/detection{TWO_STEPS}",
-    "mirrorla fit --config digits/segmentation": f"mirrorla fit --config digits/segmentation{TWO_STEPS}",
+    "mirrorla fit --config digits/segmentation": (
+        "mirrorla shards pack --source digits --task segmentation --scenes 40 --out data/digits-segmentation"
+        f" && mirrorla fit --config digits/segmentation{TWO_STEPS}"
+    ),
+    FROM_CLASSIFIER: FROM_CLASSIFIER + TWO_STEPS,
     "mirrorla fit --config imagenet/mirrorla_tiny": "mirrorla fit --config imagenet/mirrorla_tiny" + ONE_STEP_ON_CPU,
 }
 
