@@ -190,21 +190,19 @@ def _row(place: tuple[Case, int]) -> Row:
 
 def table(chosen: Sequence[Case], jobs: int) -> list[Row]:
     """A row for every case and kernel; prints each as it is compiled."""
-    places: dict[tuple[Case, str], tuple[int, str]] = {}  # of every row, by what it shows
+    places: dict[tuple[Case, str], int] = {}  # of every row, by case and compiled kernel
     for case in chosen:
         for index, item in enumerate(launches(case)):
-            places.setdefault((case, kernel_name(item)), (index, _identity(case, item)))
+            places.setdefault((case, _identity(case, item)), index)
     firsts: dict[str, tuple[Case, int]] = {}  # of every compiled kernel
-    for (case, _), (index, identity) in places.items():
+    for (case, identity), index in places.items():
         firsts.setdefault(identity, (case, index))
     rows: dict[str, Row] = {}
     with ProcessPoolExecutor(jobs) as pool:
         for identity, row in zip(firsts, pool.map(_row, firsts.values()), strict=True):
             rows[identity] = row
             print(f"{len(rows)}/{len(firsts)}", ",".join(row.values()), flush=True)
-    return [
-        rows[identity] | {"regime": case.regime, "options": case.options} for (case, _), (_, identity) in places.items()
-    ]
+    return [rows[identity] | {"regime": case.regime, "options": case.options} for case, identity in places]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
