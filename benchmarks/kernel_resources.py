@@ -116,8 +116,7 @@ def resources(case: Case, item: Launch) -> Row:
     }
     return {
         "kernel": kernel_name(item),
-        "arch": f"sm_{case.arch}",
-        **{name: str(value) for name, value in case._asdict().items() if name != "arch"},
+        **_columns(case),
         **{name: str(value) for name, value in numbers.items()},
         "matrix_instruction": matrix_instruction(compiled.asm["ptx"]),
     }
@@ -202,7 +201,11 @@ def table(chosen: Sequence[Case], jobs: int) -> list[Row]:
         for identity, row in zip(firsts, pool.map(_row, firsts.values()), strict=True):
             rows[identity] = row
             print(f"{len(rows)}/{len(firsts)}", ",".join(row.values()), flush=True)
-    return [rows[identity] | {"regime": case.regime, "options": case.options} for case, identity in places]
+    return [rows[identity] | _columns(case) for case, identity in places]
+
+
+def _columns(case: Case) -> Row:
+    return {name: str(value) for name, value in case._asdict().items()} | {"arch": f"sm_{case.arch}"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
