@@ -62,7 +62,6 @@ def shipped(chosen):
     }
 
 
-@pytest.mark.skipif(not COMMITTED.exists(), reason="no table yet: python -m benchmarks.kernel_resources makes it")
 def test_the_committed_table_lists_every_shipped_kernel_as_it_is_cut_today_within_its_limits():
     rows = read(COMMITTED)
     columns = ("arch", "dtype", "width", "regime", "options", "kernel", *kernel_resources.CUT)
