@@ -187,9 +187,9 @@ def test_models_for_one_size_are_told_it():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "mirrorla bench: error: which one? mirrorla bench attention|backbone|loader …; see mirrorla bench --help"),
+        ([], "mirrorla bench: error: which one? mirrorla bench attention|backbone|checkpoint|loader …; see mirrorla bench --help"),
         (["atention"], "there is no benchmark 'atention'; did you mean 'attention'?"),
-        (["zzz"], "there is no benchmark 'zzz'; choose one of attention, backbone, loader"),
+        (["zzz"], "there is no benchmark 'zzz'; choose one of attention, backbone, checkpoint, loader"),
         (["attention", "--devise", "cpu"], "unrecognized arguments: --devise cpu"),
         (["attention", "--device", "tpu"], "argument --device: invalid choice: 'tpu' (choose from "),
         (["attention", "--device", "cuda"], "--device cuda: torch sees no CUDA device; choose --device cpu"),

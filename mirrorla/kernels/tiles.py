@@ -181,7 +181,7 @@ Chosen so that the compiler spills nothing in bf16 and next to nothing in fp16 a
 """
 
 _SMALL = {64: (Tile(32, 4, 3), Tile(32, 4, 3)), 128: (Tile(16, 8, 2, 32), Tile(16, 8, 2))}
-_SMALL_BACKWARD = {64: (Tile(32, 8, 2), Tile(16, 8, 2)), 128: (Tile(16, 8, 1, 16), Tile(16, 8, 1, 32))}
+_SMALL_BACKWARD = {64: (Tile(32, 8, 2), Tile(16, 8, 2)), 128: (Tile(16, 8, 1, 32), Tile(16, 8, 1, 32))}
 
 AMPERE: _Table = {
     "forward": {torch.bfloat16: _SMALL, torch.float16: _SMALL, torch.float32: {128: _SMALL[128]}},
