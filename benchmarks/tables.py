@@ -94,11 +94,32 @@ def digits_table(rows: Rows) -> list[str]:
     return [*lines, "", _source("digits", rows[-1])]
 
 
+def checkpoint_table(rows: Rows) -> list[str]:
+    """How long a save holds up the training, beside Lightning's.
+
+    Args:
+        rows: of checkpoint.csv.
+
+    Returns:
+        Markdown lines.
+    """
+    lines = [
+        "| writer | blocked | first save | share at one per 5 minutes | complete after |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        blocked, first, committed = (float(row[name]) for name in ("blocked_s", "blocked_first_s", "committed_s"))
+        share = float(row["share_percent"])
+        lines.append(f"| {row['writer']} | {blocked:.2f} s | {first:.2f} s | {share:.2f} % | {committed:.1f} s |")
+    return [*lines, "", _source("checkpoint", rows[0])]
+
+
 _DIGITS_SCORES = {"top1": "top-1 %", "miou": "mIoU %", "box_ap50": "box AP50 %", "mask_ap50": "mask AP50 %"}
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "digits": digits_table,
     "attention_cpu": attention_table,
+    "checkpoint": checkpoint_table,
     "loader": loader_table,
     "loader_scale": scale_table,
 }
