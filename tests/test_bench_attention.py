@@ -189,7 +189,7 @@ def test_models_for_one_size_are_told_it():
     [
         (
             [],
-            "mirrorla bench: error: which one? mirrorla bench attention|backbone|checkpoint|loader …; see mirrorla bench --help",
+            "error: which one? mirrorla bench attention|backbone|checkpoint|loader …; see mirrorla bench --help",
         ),
         (["atention"], "there is no benchmark 'atention'; did you mean 'attention'?"),
         (["zzz"], "there is no benchmark 'zzz'; choose one of attention, backbone, checkpoint, loader"),
