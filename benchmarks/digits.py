@@ -7,7 +7,8 @@ The backbones of dense tasks start from the classifier of the same seed, as `mak
 
 Scores are those of the averaged weights on the held-out split after the last epoch, as the run logged them; seconds are
 those of the whole command, on the clock and of the processor. Runs are kept under --runs, and a finished one is only
-evaluated when the command is given again; rows of other configurations and seeds stay in results/digits.csv.
+evaluated when the command is given again; rows of other configurations and seeds stay in results/digits.csv. Of dense
+tasks, what the first seed predicts for one held-out scene is kept beside it as digits_<configuration>.png.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from benchmarks.common import RESULTS, provenance, write_csv
+from lightning_modules.tensorboard import Tag
 
 CONFIGS = ("classification", "segmentation", "segmentation_upernet", "detection", "detection_retinanet")
 SCORES = ("top1", "miou", "pixel_accuracy", "box_ap", "box_ap50", "mask_ap", "mask_ap50")
@@ -77,6 +79,15 @@ def scores(run: Path) -> dict[str, float]:
     }
 
 
+def picture(run: Path) -> bytes:
+    """The second of the fixed validation pictures of a dense run, after its last validation, as PNG."""
+    events = EventAccumulator(str(run / "tensorboard"), {"images": 0})
+    events.Reload()
+    tag = sorted(tag for tag in events.Tags()["images"] if tag.startswith(f"{Tag.PREDICTIONS}/"))[1]
+    shown: bytes = events.Images(tag)[-1].encoded_image_string
+    return shown
+
+
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """Rows of both, the new one where both have a configuration and seed, in the order of CONFIGS."""
     rows = {(row["config"], row["seed"]): row for row in [*old, *new]}
@@ -105,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             origin = provenance(torch.device("cpu"))
             row = train(config, seed, args.runs) | origin | {"threads": os.environ.get("OMP_NUM_THREADS", "all")}
             write_csv(args.output, merged(_read(args.output), [row]))
+            if config != CONFIGS[0] and seed == args.seeds[0]:
+                args.output.with_name(f"digits_{config}.png").write_bytes(picture(args.runs / f"{config}-{seed}"))
             sys.stdout.write(f"{row}\n")
     return 0
 

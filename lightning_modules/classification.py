@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 
 from datamodules.types import ClassificationBatch
 from lightning_modules import training
@@ -14,12 +12,13 @@ from lightning_modules.evaluation import ClassificationMetrics
 from lightning_modules.mixing import MixConfig, Mixer
 from lightning_modules.model_card import ModelCard
 from lightning_modules.optim import OptimConfig
+from lightning_modules.task_module import TaskModule
 from mirrorla import align_mirrors
 
 _BACKBONE, _OPTIM, _MIX = BackboneConfig(), OptimConfig(), MixConfig()
 
 
-class ClassificationModule(LightningModule):
+class ClassificationModule(TaskModule):
     """Train and evaluate a classifier.
 
     Args:
@@ -64,9 +63,9 @@ class ClassificationModule(LightningModule):
         self.confusion: Tensor | None = None
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The network that is evaluated: the averaged copy where there is one."""
-        return self.backbone if self.ema is None else self.ema.module
+    def trained(self) -> nn.Module:
+        """Everything that learns."""
+        return self.backbone
 
     @property
     def card(self) -> ModelCard:
@@ -108,15 +107,6 @@ class ClassificationModule(LightningModule):
             training.log_losses(self, loss, {}, len(images))
         return training.accumulated(loss, self.trainer, batch_idx)
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient norm before clipping and the learning rate of every group."""
-        training.log_gradients(self, self.backbone, optimizer)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, then let the average follow: before any callback can save a checkpoint."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        training.follow(self.ema, self.backbone, self.trainer)
-
     def validation_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
         """Count one validation batch with the evaluated network."""
         self._evaluate(batch, self.val_metrics, "val")
@@ -138,18 +128,6 @@ class ClassificationModule(LightningModule):
         """Keep the confusion matrix for the figures; a collective, so every rank computes it."""
         self.confusion = self.val_metrics.confusion.compute().cpu()
         self.val_metrics.confusion.reset()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the model card into the checkpoint."""
-        checkpoint[ModelCard.KEY] = self.card.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model.
-
-        Raises:
-            ValueError: naming both models and the mend.
-        """
-        self.class_names = self.card.matched(checkpoint).class_names
 
     def _evaluate(self, batch: ClassificationBatch, metrics: ClassificationMetrics, stage: str) -> None:
         metrics.update(self(batch["image"]), batch["label"], batch["weight"])

@@ -5,10 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from datamodules.types import DetectionBatch
 from lightning_modules import training
@@ -17,6 +15,7 @@ from lightning_modules.detection_metrics import CocoEvaluator, DetectionScores
 from lightning_modules.gather import waiting_group
 from lightning_modules.model_card import ModelCard
 from lightning_modules.optim import OptimConfig
+from lightning_modules.task_module import TaskModule
 from lightning_modules.tensorboard import Tag
 from lightning_modules.views import ViewConfig
 from mirrorla.dense import DenseBackbone
@@ -78,7 +77,7 @@ def share_of(batch: DetectionBatch, has_masks: bool) -> Share:
 _BACKBONE, _DETECTOR, _OPTIM, _VIEWS = BackboneConfig(), DetectorConfig(), OptimConfig(), ViewConfig()
 
 
-class DetectionModule(LightningModule):
+class DetectionModule(TaskModule):
     """Train and evaluate a detector.
 
     Args:
@@ -123,9 +122,9 @@ class DetectionModule(LightningModule):
         self.scores: DetectionScores | None = None
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The network that is evaluated: the averaged copy where there is one."""
-        return self.network if self.ema is None else self.ema.module
+    def trained(self) -> nn.Module:
+        """Everything that learns."""
+        return self.network
 
     @property
     def backbone(self) -> DenseBackbone:
@@ -183,15 +182,6 @@ class DetectionModule(LightningModule):
                 self.log(f"{Tag.MATCHER}/{name}", value, sync_dist=True, batch_size=len(share.images))
         return training.accumulated(loss, self.trainer, batch_idx)
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient norm before clipping and the learning rate of every group."""
-        training.log_gradients(self, self.network, optimizer)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, then let the average follow: before any callback can save a checkpoint."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        training.follow(self.ema, self.network, self.trainer)
-
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Collect one validation batch."""
         self._collect(batch, self.val_metrics)
@@ -211,18 +201,6 @@ class DetectionModule(LightningModule):
     def predict_step(self, batch: DetectionBatch, batch_idx: int) -> dict[str, Any]:
         """What `detect` finds: id (b,), weight (b,) and b predictions."""
         return {"id": batch["id"], "weight": batch["weight"], "predictions": self._found(batch)}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the model card into the checkpoint."""
-        checkpoint[ModelCard.KEY] = self.card.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model.
-
-        Raises:
-            ValueError: naming both models and the mend.
-        """
-        self.class_names = self.card.matched(checkpoint).class_names
 
     def _detect(self, network: nn.Module, image: Tensor, size: tuple[int, int]) -> Detections:
         looks = []

@@ -22,8 +22,8 @@ from lightning_modules.manifest import Manifest
 from lightning_modules.parser import OneLineParser
 from lightning_modules.segmentation import SegmentationModule
 
-TaskModule = ClassificationModule | DetectionModule | SegmentationModule
-TASKS: dict[str, tuple[type[TaskModule], type]] = {
+Trained = ClassificationModule | DetectionModule | SegmentationModule
+TASKS: dict[str, tuple[type[Trained], type]] = {
     "lightning_modules.classification.ClassificationModule": (ClassificationModule, EvalTransform),
     "lightning_modules.detection.DetectionModule": (DetectionModule, DetectionEvalTransform),
     "lightning_modules.segmentation.SegmentationModule": (SegmentationModule, SegmentationEvalTransform),
@@ -45,7 +45,7 @@ class Source:
 
     checkpoint: Path
     manifest: Manifest
-    module: TaskModule
+    module: Trained
     transform: Any
     config: str
     metrics: dict[str, float]
@@ -74,7 +74,7 @@ def read_source(checkpoint: Path) -> Source:
     return Source(checkpoint, manifest, module, transform, config, _metrics(checkpoint.parent, manifest.step))
 
 
-def build(config: str, place: object, mirror: Mapping[str, Any] | None = None) -> tuple[TaskModule, Any]:
+def build(config: str, place: object, mirror: Mapping[str, Any] | None = None) -> tuple[Trained, Any]:
     """Build the module and the evaluation transform that a resolved configuration describes.
 
     Args:
@@ -128,7 +128,7 @@ def exported_part(network: nn.Module, task: str) -> nn.Module:
     return trunk
 
 
-def output_shapes(module: TaskModule) -> dict[str, list[str]]:
+def output_shapes(module: Trained) -> dict[str, list[str]]:
     """Names of the outputs and their shapes for images (B, 3, H, W)."""
     if isinstance(module, ClassificationModule):
         return {"logits": ["B", str(module.num_classes)]}
@@ -145,7 +145,7 @@ def preprocessing_of(transform: Any) -> dict[str, Any]:
     return found
 
 
-def class_names(module: TaskModule) -> list[str]:
+def class_names(module: Trained) -> list[str]:
     """Class names of a module; numbers where it knows none."""
     names: list[str] = module.class_names
     return list(names) or [str(number) for number in range(module.num_classes)]

@@ -22,6 +22,7 @@ from lightning_modules.dense_figures import (
 from lightning_modules.detection import DetectionModule
 from lightning_modules.drawing import Pixels
 from lightning_modules.segmentation import SegmentationModule
+from lightning_modules.task_module import TaskModule
 from lightning_modules.tensorboard import Tag, confusion_figure, per_class_figure, prediction_grid, to_pixels
 
 
@@ -39,9 +40,7 @@ Painter = Callable[[Any, Any, int], Drawn]
 
 def task_of(module: LightningModule) -> str | None:
     """The task a module of this project does; None for another's."""
-    if isinstance(module, ClassificationModule | DetectionModule | SegmentationModule):
-        return module.card.task
-    return None
+    return module.card.task if isinstance(module, TaskModule) else None
 
 
 def paint_classification(module: ClassificationModule, data: Any, count: int) -> Drawn:

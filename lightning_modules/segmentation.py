@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from datamodules.types import SegmentationBatch
 from lightning_modules import training
@@ -14,6 +12,7 @@ from lightning_modules.backbone import BackboneConfig, build_dense
 from lightning_modules.model_card import ModelCard
 from lightning_modules.optim import OptimConfig
 from lightning_modules.segmentation_metrics import SegmentationMetrics, SegmentationScores
+from lightning_modules.task_module import TaskModule
 from lightning_modules.views import ViewConfig
 from mirrorla.dense import DenseBackbone
 from mirrorla.heads.segmentation import Segmenter, SegmenterConfig, class_map, pixel_loss, sliding_logits
@@ -51,7 +50,7 @@ _BACKBONE, _HEAD, _OPTIM, _VIEWS, _WINDOW = (
 )
 
 
-class SegmentationModule(LightningModule):
+class SegmentationModule(TaskModule):
     """Train and evaluate a segmenter.
 
     Args:
@@ -98,9 +97,9 @@ class SegmentationModule(LightningModule):
         self.scores: SegmentationScores | None = None
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The network that is evaluated: the averaged copy where there is one."""
-        return self.network if self.ema is None else self.ema.module
+    def trained(self) -> nn.Module:
+        """Everything that learns."""
+        return self.network
 
     @property
     def backbone(self) -> DenseBackbone:
@@ -163,15 +162,6 @@ class SegmentationModule(LightningModule):
             training.log_losses(self, loss, terms, len(images))
         return training.accumulated(loss, self.trainer, batch_idx)
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient norm before clipping and the learning rate of every group."""
-        training.log_gradients(self, self.network, optimizer)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, then let the average follow: before any callback can save a checkpoint."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        training.follow(self.ema, self.network, self.trainer)
-
     def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
         """Count one validation batch."""
         self.val_metrics.update(self._segmented(batch), batch["mask"], batch["weight"])
@@ -191,18 +181,6 @@ class SegmentationModule(LightningModule):
     def predict_step(self, batch: SegmentationBatch, batch_idx: int) -> dict[str, Any]:
         """What `segment` finds: id (b,), weight (b,) and b class maps."""
         return {"id": batch["id"], "weight": batch["weight"], "predictions": self._segmented(batch)}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the model card into the checkpoint."""
-        checkpoint[ModelCard.KEY] = self.card.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model.
-
-        Raises:
-            ValueError: naming both models and the mend.
-        """
-        self.class_names = self.card.matched(checkpoint).class_names
 
     def _looks(self, network: nn.Module, image: Tensor) -> list[Tensor]:
         """Logits (1, C, h, w) of every look at an image (1, 3, H, W), turned back where it was mirrored."""

@@ -126,3 +126,11 @@ def trainer(folder, *callbacks, **options):
             **options,
         }
     )
+
+
+def flat(value):
+    """Everything in a batch as bytes, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        return [value.numpy().tobytes() + str(value.shape).encode()]
+    items = sorted(value.items()) if isinstance(value, dict) else enumerate(value)
+    return [part for _, item in items for part in flat(item)]

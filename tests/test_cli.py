@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_modules import cli
+from lightning_modules import cli, exit_codes
+from lightning_modules.exit_codes import ExitCode, describe
 
 SCRIPT = str(Path(sys.executable).parent / "mirrorla")
 FIT = ["fit", "--config", "digits/classification"]
@@ -149,3 +150,16 @@ def test_shards_are_packed_and_described(tmp_path, capsys):
     assert cli.main(["shards", "info", str(tmp_path / "digits")]) == 0
     assert "1438" in capsys.readouterr().out
     assert cli.main(["shards", "verify", str(tmp_path / "digits")]) == 0
+
+
+def test_every_exit_code_has_one_meaning_and_is_in_the_help(capsys):
+    assert set(exit_codes.MEANINGS) == set(ExitCode)
+    assert len({meaning.text for meaning in exit_codes.MEANINGS.values()}) == len(ExitCode)
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {code:<5}{describe(code)}" in out for code in ExitCode)
+    assert [describe(code) for code in (76, 139, 200)] == [
+        "a rank hung and was named",
+        "stopped by signal 11",
+        "exit code 200",
+    ]

@@ -1,10 +1,14 @@
 """The configs of detection and segmentation: the published recipes, and that every kind trains a step as configured."""
 
+import jsonargparse
 import pytest
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from datamodules.base_module import PackedDataModule
+from datamodules.detection import DetectionDataModule
 from datamodules.pack import pack
+from datamodules.segmentation import SegmentationDataModule
 from datamodules.sources import SourceOptions, open_source
 from lightning_modules.cli import main
 from lightning_modules.optim import learning_rate, plan_steps, warmup_length
@@ -114,3 +118,18 @@ def test_a_detector_starts_from_a_classifiers_checkpoint(digits, scenes, tmp_pat
     assert main(["fit", "--config", f"digits/{task}", *options, *quick, pretrained]) == 0
     err = capsys.readouterr().err
     assert "tensors loaded" in err and "missing (norms.0.bias" in err  # what a classifier lacks is named
+
+
+@pytest.mark.parametrize("cls", [DetectionDataModule, SegmentationDataModule])
+def test_every_shared_option_reaches_the_command_line(cls):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "data")
+    config = parser.parse_args(["--data.path=x", "--data.batch_size=3", "--data.on_error=skip", "--data.cache_gib=2"])
+    own = set(vars(config.data))
+    base = jsonargparse.ArgumentParser(exit_on_error=False)
+    base.add_class_arguments(PackedDataModule, "data", skip={"task"})
+    shared = {action.dest.split(".")[1] for action in base._actions if action.dest.startswith("data.")}
+    assert shared <= own
+    assert parser.instantiate(config).data.batch_size == 3
+    with pytest.raises(jsonargparse.ArgumentError, match="batch_sise"):
+        parser.parse_args(["--data.path=x", "--data.batch_sise=3"])

@@ -26,7 +26,7 @@ from datamodules.transforms_segmentation import (
     segmentation_train_pipeline,
 )
 from datamodules.types import DataError
-from datamodules.views import extents, fitted
+from datamodules.views import extents
 
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 SHAPES = st.tuples(st.integers(8, 60), st.integers(8, 60))
@@ -142,15 +142,6 @@ def test_extents_are_those_of_pycocotools(shape, number, key):
 def test_an_empty_mask_has_an_empty_box():
     assert extents(torch.zeros(1, 5, 7)).tolist() == [[0, 0, 0, 0]]
     assert extents(torch.zeros(0, 5, 7)).shape == (0, 4)
-
-
-@given(SHAPES, st.integers(1, 400), st.integers(1, 400))
-def test_a_fitted_size_keeps_both_limits_and_the_shape(shape, short, more):
-    height, width = fitted(shape, short, short + more)
-    assert min(height, width) <= short and max(height, width) <= short + more
-    factor = min(short / min(shape), (short + more) / max(shape))
-    assert abs(height - shape[0] * factor) <= 0.5 or height == 1
-    assert abs(width - shape[1] * factor) <= 0.5 or width == 1
 
 
 def test_evaluation_keeps_every_object_in_original_pixels():

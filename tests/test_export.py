@@ -1,71 +1,25 @@
 """`mirrorla export`: files that compute what the checkpoint computes, hold none of our operators, and run elsewhere."""
 
 import csv
-import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from lightning_modules import export as export_module
 from lightning_modules import export_formats
-from lightning_modules.checkpoint import Score, step_path, write_scores
-from lightning_modules.checkpoint_io import describe
+from lightning_modules.checkpoint import step_path
 from lightning_modules.cli import main
-from lightning_modules.commit import hash_file
-from lightning_modules.export_card import ExportCard
 from lightning_modules.export_network import folded, folded_mirrors, portable, region_means
-from lightning_modules.export_source import TASKS, build, exported_part, read_source
-from lightning_modules.manifest import MANIFEST, FileRecord, read_manifest, write_manifest
-from lightning_modules.persist import Draft, commit_checkpoint
-from lightning_modules.plain import snapshot, write_plain
+from lightning_modules.export_source import exported_part, read_source
 from mirrorla import MirrorConfig, create_backbone
+from tests.export_runs import CLASSES, config_of, save_run
 
 FORMATS = ["safetensors", "torch-export", "onnx"]
 SUFFIX = {name: form.suffix for name, form in export_formats.FORMATS.items()}
-CLASSES = {task.rpartition(".")[2].removesuffix("Module").lower(): task for task in TASKS}
-HEADS = {
-    "classification": {},
-    "segmentation": {"head": {"channels": 16}},
-    "detection": {"detector": {"kind": "retinanet", "channels": 16}},
-}
-
-
-def config_of(task, side=32, name="mirrorla_pico", **model):
-    backbone = {"name": name, "drop_path_rate": 0.0}
-    arguments = {"num_classes": 3, "backbone": backbone, "ema_decay": 0.9, **HEADS[task], **model}
-    transform = {"image_size": side, "resize": None} if task == "classification" else {"short_side": None}
-    return yaml.safe_dump(
-        {
-            "model": {"class_path": CLASSES[task], "init_args": arguments},
-            "data": {"class_path": "unused", "init_args": {"eval_transform": {**transform, "std": [0.3, 0.2, 0.1]}}},
-        }
-    )
-
-
-def save_run(root, config, step=5):
-    """A run of one checkpoint whose trained and averaged weights, mirrors and norms all differ from their start."""
-    torch.manual_seed(0)
-    module, _ = build(config, "a test")
-    with torch.no_grad():
-        for value in module.parameters():
-            value.add_(0.05 * torch.randn_like(value))
-        for name, value in module.named_buffers():
-            if name.endswith(("running_mean", "running_var", "running_rho")):
-                value.add_(0.2 * torch.rand_like(value))
-    module.class_names = ["a", "b", "c"]
-    content = {"global_step": step, "epoch": 1, "state_dict": module.state_dict()}
-    module.on_save_checkpoint(content)
-    path = step_path(root / "checkpoints", step)
-    path.parent.mkdir(parents=True)
-    draft = Draft(path, describe(step, 1, None), beside={"config.yaml": config})
-    commit_checkpoint(draft, lambda folder: write_plain(folder, snapshot(content)))
-    write_scores(path.parent, "val/top1", [Score(step, 0.875)])
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -218,83 +172,6 @@ def test_a_file_that_computes_something_else_is_not_written(runs, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("found", "expected", "error"),
-    [
-        ([[1.0, 2.0]], [[1.0, 2.0]], 0.0),
-        ([[1.0, 2.0], [3.0]], [[1.0, 2.5], [3.0]], 0.2),
-        ([[1.0, float("nan")]], [[1.0, 2.0]], float("inf")),
-        ([[1.0]], [[1.0, 2.0]], float("inf")),
-    ],
-)
-def test_the_relative_error_sees_shapes_and_what_is_not_finite(found, expected, error):
-    tensors = [[torch.tensor(values) for values in side] for side in (found, expected)]
-    assert export_module.relative_error(*tensors) == pytest.approx(error)
-
-
-class Evil:
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return (self.canary.touch, ())
-
-
-def reseal(path):
-    manifest = read_manifest(path)
-    names = [file.name for file in path.iterdir() if file.name != MANIFEST]
-    files = {name: FileRecord((path / name).stat().st_size, hash_file(path / name)) for name in names}
-    (path / MANIFEST).unlink()
-    write_manifest(path, type(manifest)(**{**vars(manifest), "files": files}))
-
-
-def refused(run, capsys, *options):
-    code = main(["export", str(run), "--format", "safetensors", *options])
-    told = capsys.readouterr().err
-    assert code == 2 and told.splitlines()[-1].startswith("mirrorla export: error: "), told
-    assert not (run / "export").exists()
-    return told.splitlines()[-1]
-
-
-def test_an_evil_pickle_is_never_executed(tmp_path, capsys):
-    run, canary = save_run(tmp_path / "run", config_of("classification")), tmp_path / "canary"
-    path = step_path(run / "checkpoints", 5)
-    torch.save({"global_step": 5, "state_dict": {}, "mirrorla": Evil(canary)}, path / "state.pt")
-    reseal(path)
-    assert "cannot be read as tensors and plain values" in refused(run, capsys)
-    assert not canary.exists()
-    torch.load(path / "state.pt", weights_only=False)
-    assert canary.exists(), "the canary is a live one"
-
-
-def test_damage_is_refused(tmp_path, capsys):
-    run = save_run(tmp_path / "run", config_of("classification"))
-    path = step_path(run / "checkpoints", 5)
-    content = bytearray((path / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (path / "model.safetensors").write_bytes(content)
-    assert "is damaged" in refused(path, capsys)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c["model"].update(class_path="os.system"), "model 'os.system' cannot be exported"),
-        (lambda c: c["model"]["init_args"].update(num_classes=4), "num_classes is 3 but the configuration builds 4"),
-        (lambda c: c["model"]["init_args"]["backbone"].update(depth=4), "depth"),
-        (lambda c: c.pop("model"), "is no configuration of a run"),
-    ],
-)
-def test_a_configuration_that_chooses_something_else_is_refused(change, message, tmp_path, capsys):
-    run = save_run(tmp_path / "run", config_of("classification"))
-    path = step_path(run / "checkpoints", 5)
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    change(config)
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    reseal(path)
-    assert message in refused(run, capsys)
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["{run}", "--format", "onnx", "--output", "model.pt"], "--output model.pt must end in .onnx"),
@@ -355,12 +232,6 @@ def test_last_and_the_default_place_and_the_help(tmp_path, capsys):
 def test_exported_weights_start_another_training(classifiers):
     mirror = MirrorConfig(cross_head=False)
     create_backbone("mirrorla_pico", num_classes=3, mirror=mirror, pretrained=str(classifiers["safetensors"]))
-
-
-def test_a_card_of_another_version_is_refused():
-    for text in (None, "", "{", json.dumps({"task": "x"})):
-        with pytest.raises(ValueError, match="card"):
-            ExportCard.from_json(text, "file.onnx")
 
 
 @pytest.mark.slow

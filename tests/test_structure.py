@@ -52,7 +52,7 @@ def test_dependencies_point_one_way(package):
 def test_files_stay_below_300_lines():
     long = {
         path.relative_to(ROOT).as_posix(): lines
-        for package in OURS
+        for package in (*OURS, "tests")
         for path in sources(package)
         if (lines := len(path.read_text().splitlines())) > 300
     }
