@@ -3,6 +3,7 @@
 # make rehearse a SLURM job's whole life on this machine: submit, preempt, queue again, resume, finish
 # make test     lint, types and the default tests
 # make bench    the benchmarks that run on a CPU
+# make results  README's tables and figures anew from benchmarks/results
 # make lint     lint and types alone
 # make format   let ruff mend what it can
 PYTHON ?= python3
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 SLURM := slurmctld slurmd slurm-client munge
 INSTALL_SLURM := apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(SLURM)
 
-.PHONY: train rehearse slurm test test-slow lint format bench help
+.PHONY: train rehearse slurm test test-slow lint format results bench help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -61,6 +62,9 @@ test: lint slurm
 
 test-slow: lint slurm
 	@$(BIN)/python -m pytest -m "slow and not gpu"
+
+results: $(STAMP)
+	@$(BIN)/python -m benchmarks.tables
 
 bench: $(STAMP)
 	@$(BIN)/mirrorla bench attention

@@ -14,7 +14,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -111,7 +111,7 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, str]], path: Path) -> None:
+def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     """Draw time and peak memory over N, both axes logarithmic.
 
     Args:

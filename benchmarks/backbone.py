@@ -13,7 +13,7 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -35,6 +35,7 @@ BATCH_224 = {"cuda": 128, "cpu": 2}
 TOKENS = {"cuda": (64, 256, 1024, 4096, 16384), "cpu": (16, 64, 256, 1024, 4096)}
 LAYER_BATCH = {"cuda": 16, "cpu": 1}
 Row = dict[str, str]
+Rows = Sequence[Mapping[str, str]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or RESULTS / f"backbone_{device.type}.csv"
     write_csv(out, [{**row, **source} for row in rows])
     write_csv(out.with_stem(f"{out.stem}_overtaking"), [{**row, **source} for row in overtaking])
-    plot(rows, overtaking, out.with_suffix(".png"), f"{source['device']} (commit {source['commit']})")
+    plot([{**row, **source} for row in rows], overtaking, out.with_suffix(".png"))
     print(table(rows))
     print("\n".join(crossings(overtaking)))
     print(f"written: {out}, {out.stem}_overtaking.csv and {out.with_suffix('.png').name}")
@@ -166,7 +167,7 @@ def _layer_ms(C: int, H: int, N: int, kind: str, device: torch.device, budget_s:
     return quantiles_ms(measure(run, device, budget_s=budget_s))["p50_ms"]
 
 
-def crossings(rows: Sequence[Row]) -> list[str]:
+def crossings(rows: Rows) -> list[str]:
     """Where mirror attention becomes faster than softmax, one line a stage.
 
     Args:
@@ -205,14 +206,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], overtaking: Sequence[Row], path: Path, where: str) -> None:
+def plot(rows: Rows, overtaking: Rows, path: Path) -> None:
     """Draw throughput by model and size, and the layers' times over N.
 
     Args:
-        rows: of `measure_model`.
-        overtaking: of `measure_layers`.
+        rows: of the CSV of models.
+        overtaking: of the CSV of layers.
         path: the PNG.
-        where: device and commit, for the title.
     """
     import matplotlib
 
@@ -237,7 +237,7 @@ def plot(rows: Sequence[Row], overtaking: Sequence[Row], path: Path, where: str)
             right.loglog(n, times, style, base=2, color=f"C{colour}", label=f"stage {stage}, {kind}")
     right.set(xlabel="tokens N", ylabel="forward and backward of a layer, ms")
     right.legend(fontsize="small")
-    figure.suptitle(f"backbones, {where}")
+    figure.suptitle(f"backbones, {rows[0]['device']} (commit {rows[0]['commit']})")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

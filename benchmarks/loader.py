@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     workers = [int(count) for count in options.workers.split(",")]
     rates = measure_rates(dataset, workers, seconds=options.seconds, batch_size=32, samples=options.images)
     scale = scale_rows(options.data / "scale", options.scale_shards, options.seconds)
-    write_csv(options.out / "loader.csv", [{**_row(rate), **provenance(CPU)} for rate in rates])
+    rows = [{**_row(rate), **provenance(CPU)} for rate in rates]
+    write_csv(options.out / "loader.csv", rows)
     write_csv(options.out / "loader_scale.csv", [{**row, **provenance(CPU)} for row in scale])
-    plot(rates, options.out / "loader.png")
+    plot(rows, options.out / "loader.png")
     Console().print(rate_table(rates))
     for row in scale:
         print(f"{row['figure']:34} {row['value']:>10} {row['unit']:6} target {row['target']}")
@@ -197,11 +198,11 @@ def _resident() -> tuple[int, int]:
     return int(pages[1]) * 4096, int(pages[2]) * 4096
 
 
-def plot(rates: Sequence[Rate], path: Path) -> None:
+def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     """Draw the rates: a panel for each number of workers, a group of bars for each stage.
 
     Args:
-        rates: what was measured.
+        rows: of loader.csv.
         path: the PNG.
     """
     import matplotlib
@@ -209,13 +210,13 @@ def plot(rates: Sequence[Rate], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    workers = sorted({rate.workers for rate in rates})
+    workers = sorted({int(row["workers"]) for row in rows})
     figure, panels = plt.subplots(1, len(workers), figsize=(4 * len(workers), 4), sharey=True, squeeze=False)
     for panel, count in zip(panels[0], workers, strict=True):
         for place, reader in enumerate(READERS):
-            chosen = [rate for rate in rates if (rate.workers, rate.reader) == (count, reader)]
-            positions = [STAGES.index(rate.stage) + 0.27 * (place - 1) for rate in chosen]
-            panel.bar(positions, [rate.samples_per_s for rate in chosen], 0.27, label=reader)
+            chosen = [row for row in rows if (int(row["workers"]), row["reader"]) == (count, reader)]
+            positions = [STAGES.index(row["stage"]) + 0.27 * (place - 1) for row in chosen]
+            panel.bar(positions, [float(row["samples_per_s"]) for row in chosen], 0.27, label=reader)
         panel.set(yscale="log", title=f"{count} workers", xticks=range(len(STAGES)), xticklabels=STAGES)
         panel.grid(axis="y", alpha=0.3)
     panels[0][0].set_ylabel("samples/s, each stage with those before it")

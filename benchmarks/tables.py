@@ -1,6 +1,6 @@
-"""Writes the measured tables into README.md from results/*.csv; a test holds the two together.
+"""Writes README.md's measured tables and draws its figures from results/*.csv; a test holds them together.
 
-python -m benchmarks.tables
+make results
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import attention_shapes, attention_tokens, backbone, loader
 from benchmarks.common import RESULTS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -124,6 +125,15 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "loader_scale": scale_table,
 }
 
+FIGURES: dict[str, Callable[[Rows, Path], None]] = {
+    "attention_cpu": attention_tokens.plot,
+    "attention_kernels_cpu": attention_shapes.plot,
+    "attention_kernels_cuda": attention_shapes.plot,
+    "backbone_cpu": lambda rows, path: backbone.plot(rows, _rows("backbone_cpu_overtaking"), path),
+    "backbone_cuda": lambda rows, path: backbone.plot(rows, _rows("backbone_cuda_overtaking"), path),
+    "loader": loader.plot,
+}
+
 
 def filled_in(text: str) -> str:
     """README's text with every table between its two markers made anew.
@@ -132,18 +142,30 @@ def filled_in(text: str) -> str:
         text: holds `<!-- NAME.csv -->` and `<!-- end -->` around each table.
     """
     for name, render in TABLES.items():
-        with (RESULTS / f"{name}.csv").open(newline="") as file:
-            table = "\n".join(render(list(csv.DictReader(file))))
+        table = "\n".join(render(_rows(name)))
         marked = rf"(<!-- {name}\.csv -->\n).*?(<!-- end -->)"
         text, count = re.subn(marked, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
         assert count == 1, f"README.md needs one marker for {name}.csv"
     return text
 
 
+def draw() -> None:
+    """Draw every figure anew that has its CSV."""
+    for name, plot in FIGURES.items():
+        if (source := RESULTS / f"{name}.csv").exists():
+            plot(_rows(name), source.with_suffix(".png"))
+
+
 def main() -> int:
-    """Write README.md anew."""
+    """Write README.md anew and draw the figures."""
     README.write_text(filled_in(README.read_text()))
+    draw()
     return 0
+
+
+def _rows(name: str) -> Rows:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _source(name: str, row: Mapping[str, str]) -> str:
