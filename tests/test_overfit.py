@@ -55,7 +55,7 @@ def test_detectors_learn_eight_images(tmp_path, kind):
 def live_bytes():
     """Of all tensors that something still refers to."""
     gc.collect()
-    found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]  # isinstance wakes lazy objects
     return sum(x.numel() * x.element_size() for x in found)
 
 
@@ -71,6 +71,7 @@ class LiveBytes(Callback):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # the averaged copy, on purpose
 @pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn", "upernet"])
 def test_two_hundred_steps_keep_nothing(tmp_path, kind):
     torch.manual_seed(0)
