@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.kernel_cases import CASES, SLOW, check, run_worker
+from mirrorla.kernels import tiles
+from tests.kernel_cases import CASES, DTYPES, SLOW, check, run_worker
 from tests.kernel_worker import attend, poisoned
 
 
@@ -20,8 +21,11 @@ def test_output_and_every_gradient_are_the_oracles_up_to_rounding(name, oracle, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_output_and_every_gradient_are_the_oracles_over_the_whole_grid(tmp_path):
-    for name, found in run_worker("whole", tmp_path, SLOW).items():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("regime", tiles.REGIMES)
+def test_output_and_every_gradient_are_the_oracles_over_the_whole_grid(regime, dtype, tmp_path):
+    names = [name for name, case in SLOW.items() if (case.regime, case.dtype) == (regime, dtype)]
+    for name, found in run_worker("whole", tmp_path, names).items():
         check(SLOW[name], "twin", *found)
 
 
