@@ -92,7 +92,8 @@ def digits_table(rows: Rows) -> list[str]:
         minutes = f"{max(float(row['wall_s']) for row in found) / 60:.1f} min"
         seeds = ", ".join(row["seed"] for row in found)
         lines.append(f"| digits/{config} | {found[0]['epochs']} | {seeds} | {'; '.join(cells)} | {minutes} |")
-    return [*lines, "", _source("digits", rows[-1])]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return [*lines, "", _source("digits", {**rows[-1], "commit": commits})]
 
 
 def checkpoint_table(rows: Rows) -> list[str]:
@@ -169,7 +170,7 @@ def _rows(name: str) -> Rows:
 
 
 def _source(name: str, row: Mapping[str, str]) -> str:
-    threads = f", {row['threads']} threads" if row["threads"] else ""
+    threads = f", {row['threads']} thread{'s' * (row['threads'] != '1')}" if row["threads"] else ""
     where = f"{row['device']}{threads}, torch {row['torch']}, Python {row['python']}, commit {row['commit']}"
     return f"[{name}.csv](benchmarks/results/{name}.csv): {where}."
 
