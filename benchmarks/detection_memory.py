@@ -20,13 +20,13 @@ import torch
 from rich.progress import track
 
 from benchmarks.common import RESULTS, provenance, write_csv
-from lightning_modules.backbone import AttentionKind, BackboneConfig, build_dense
+from lightning_modules.backbone import BackboneConfig, build_dense
 from lightning_modules.callbacks.throughput import peak_memory_gib
 from mirrorla.heads.detection import DetectorConfig, build_detector
 
-LAYOUTS: dict[str, tuple[AttentionKind, AttentionKind, AttentionKind, AttentionKind]] = {
-    "linear": ("mirror",) * 4,
-    "hybrid": ("mirror", "mirror", "softmax", "softmax"),
+LAYOUTS: dict[str, str | list[str]] = {
+    "linear": "mirror",
+    "hybrid": ["mirror", "mirror", "softmax", "softmax"],
 }
 KINDS = ("none", "retinanet", "mask_rcnn")
 OBJECTS = 8

@@ -30,7 +30,7 @@ from datamodules.transforms import denormalise
 from datamodules.types import FaultKind
 from datamodules.worker import StartMethod, available_cores
 
-SourceOption = Literal["digits"]
+SourceOption = Literal["digits", "digits-recall", "digits-same-different", "digits-counting"]
 OnError = Literal["raise", "skip"]
 Images = TypeVar("Images", Tensor, list[Tensor])
 
@@ -50,7 +50,7 @@ class PackedDataModule(LightningDataModule):
         lanes: parts of the data that every batch draws from alike; must divide batch_size / repeats.
         window: samples of a lane that are shuffled together; more mixes better and opens more shards.
         repeats: copies of each sample in a batch, differently augmented; epochs keep their number of batches.
-        sources: "digits" packs the embedded handwritten digits, or scenes of them, into path if that does not exist.
+        sources: packs the embedded handwritten digits, scenes or grids of them, into path if that does not exist.
         worker_start: how workers start; forkserver is safe beside threads and GPUs.
         timeout_s: seconds to wait for a worker's batch before the run stops and names the sample it hangs at.
         worker_memory_gib: memory a worker may take beyond what it starts with; one that needs more stops the run,

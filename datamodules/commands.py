@@ -20,7 +20,7 @@ from datamodules.indexer import index_dataset
 from datamodules.manifest import SPLITS, DatasetInfo, read_dataset
 from datamodules.pack import pack as pack_source
 from datamodules.resize import resized
-from datamodules.sources import SCENES, SourceName, SourceOptions, open_source
+from datamodules.sources import SourceName, SourceOptions, open_source
 from datamodules.sources_base import Task
 from datamodules.types import DataError
 from datamodules.verify import find_duplicates, find_skew, verify_dataset
@@ -36,7 +36,9 @@ def pack(
     task: Task | None = None,
     shard_size_mib: float = 256.0,
     resize: int | None = None,
-    scenes: int = SCENES,
+    scenes: int | None = None,
+    cells: int | None = None,
+    classes: int | None = None,
     val_labels: str | None = None,
     seed: int = 0,
     workers: int = 4,
@@ -46,18 +48,22 @@ def pack(
     Interrupted or killed, the same command goes on behind the last finished shard. Image files keep their bytes.
 
     Args:
-        source: digits (scikit-learn's 1797 handwritten digits, no download), imagefolder (train/<class>/*, val/…),
-            imagenet (train/<synset>/*, val likewise or flat), coco (annotations/instances_*.json, train*/, val*/),
-            ade20k (images/ and annotations/ with training/, validation/) or idx (MNIST's files, .gz or not).
+        source: digits (scikit-learn's 1797 handwritten digits, no download), digits-recall, digits-same-different or
+            digits-counting (grids of them that ask a question), imagefolder (train/<class>/*, val/…), imagenet
+            (train/<synset>/*, val likewise or flat), coco (annotations/instances_*.json, train*/, val*/), ade20k
+            (images/ and annotations/ with training/, validation/) or idx (MNIST's files, .gz or not).
         out: folder to make; an identical complete dataset there is left alone, anything else is refused.
         data: input folder; every source but digits needs one.
         task: null means the source's own. digits can be packed for all three: for detection (boxes, masks) and
             segmentation (class maps) scenes are composed of them.
         shard_size_mib: largest size of a tar. 100 to 1000 suits network file systems.
         resize: scale images down to this many pixels on the shorter side (classification); null keeps every byte.
-        scenes: training scenes composed of digits; a fifth as many, 400 at most, are added for validation.
+        scenes: training pictures composed of digits, by default 8000 scenes or 5000 grids; a fifth as many, 400 scenes
+            or 1000 grids at most, are added for validation.
+        cells: cells a side of a grid of digits; null means 16.
+        classes: digits in play in a grid, from 0 on; more are harder to compare. Null means 4.
         val_labels: imagenet with a flat val folder - file with lines of image name and synset, or LOC_val_solution.csv.
-        seed: of the shuffled order in the tars, and of the scenes.
+        seed: of the shuffled order in the tars, and of what is composed.
         workers: threads that write tars; their number does not change a byte.
 
     Examples:
@@ -66,7 +72,7 @@ def pack(
       mirrorla shards pack --source imagefolder --data /path/to/imagenet --out data/imagenet
       mirrorla shards pack --source coco --data /path/to/coco --out data/coco --workers 16
     """
-    opened = open_source(source, SourceOptions(data, task, scenes, seed, val_labels))
+    opened = open_source(source, SourceOptions(data, task, scenes, cells, classes, seed, val_labels))
     if resize is not None:
         opened = resized(opened, resize)
     with _progress("samples") as progress:

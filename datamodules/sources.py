@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from datamodules import relational
 from datamodules.order import Role, hash_key
 from datamodules.scenes import scene_samples
 from datamodules.sources_ade20k import ade20k
@@ -21,12 +23,25 @@ from datamodules.sources_folders import imagefolder, imagenet
 from datamodules.sources_idx import idx
 from datamodules.types import DataError
 
-SourceName = Literal["digits", "imagefolder", "imagenet", "coco", "ade20k", "idx"]
+SourceName = Literal[
+    "digits",
+    "digits-recall",
+    "digits-same-different",
+    "digits-counting",
+    "imagefolder",
+    "imagenet",
+    "coco",
+    "ade20k",
+    "idx",
+]
 
 DIGITS_CLASSES = [str(digit) for digit in range(10)]
 SCENES = 8000
 """Training scenes of digits, unless told otherwise: a small network learns 2000 by heart before it can read digits."""
+PANELS = 5000
+"""Training pictures of a relational question, unless told otherwise."""
 _MOST_VAL_SCENES = 400
+_MOST_VAL_PANELS = 1000
 
 _DIGITS_VAL_SHARE = 0.2
 _DIGITS_ORIGIN = "scikit-learn load_digits: UCI Optical Recognition of Handwritten Digits, test set (Alpaydin, Kaynak)"
@@ -40,14 +55,18 @@ class SourceOptions:
     Attributes:
         data: input folder; every source but digits needs one.
         task: None for the source's own; digits can be packed for all three.
-        scenes: training scenes of digits for detection and segmentation.
-        seed: of the scenes.
+        scenes: training pictures that are composed of digits; None for the source's own number.
+        cells: a side of the grid of a question about digits; None for its own, like `classes`.
+        classes: digits in play there.
+        seed: of what is composed.
         val_labels: labels of ImageNet's validation images where they lie in one folder.
     """
 
     data: str | None = None
     task: Task | None = None
-    scenes: int = SCENES
+    scenes: int | None = None
+    cells: int | None = None
+    classes: int | None = None
     seed: int = 0
     val_labels: str | None = None
 
@@ -73,15 +92,35 @@ def digits(options: SourceOptions | None = None) -> Source:
     if task == "classification":
         samples = {split: _digit_samples(part) for split, part in splits.items()}
         return Source("digits", task, DIGITS_CLASSES, samples, _DIGITS_ORIGIN, _DIGITS_LICENCE)
-    if options.scenes < 5:
-        raise DataError(f"--scenes is {options.scenes}; it must be at least 5, for one scene in five validates")
-    counts = {"train": options.scenes, "val": min(options.scenes // 5, _MOST_VAL_SCENES)}
+    counts = _counts(options, SCENES, _MOST_VAL_SCENES)
     scenes = {
         split: scene_samples(part.images, part.labels, task, options.seed, number, counts[split])
         for number, (split, part) in enumerate(splits.items())
     }
     origin = f"scenes composed of {_DIGITS_ORIGIN}"
     return Source(f"digits-{task}", task, _digits_classes(task), scenes, origin, _DIGITS_LICENCE)
+
+
+def _relational(question: relational.Question, options: SourceOptions) -> Source:
+    """Pictures of digits that ask a question, train pictures only of train digits."""
+    given = {"cells": options.cells, "classes": options.classes}
+    grid = relational.Grid(**{name: number for name, number in given.items() if number is not None})
+    counts = _counts(options, PANELS, _MOST_VAL_PANELS)
+    panels = {
+        split: relational.samples(question, part.images, part.labels, grid, options.seed, number, counts[split])
+        for number, (split, part) in enumerate(_digits_splits().items())
+    }
+    origin = f"pictures composed of {_DIGITS_ORIGIN}"
+    names = relational.CLASSES[question]
+    return Source(f"digits-{question}", "classification", names, panels, origin, _DIGITS_LICENCE)
+
+
+def _counts(options: SourceOptions, usual: int, most_val: int) -> dict[str, int]:
+    """Composed pictures by split."""
+    train = usual if options.scenes is None else options.scenes
+    if train < 5:
+        raise DataError(f"--scenes is {train}; it must be at least 5, for one scene in five validates")
+    return {"train": train, "val": min(train // 5, most_val)}
 
 
 def _digits_splits() -> dict[str, _Digits]:
@@ -118,8 +157,15 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
     return stream.getvalue()
 
 
+_QUESTIONS: dict[SourceName, relational.Question] = {
+    "digits-recall": "recall",
+    "digits-same-different": "same-different",
+    "digits-counting": "counting",
+}
+
 SOURCES: dict[SourceName, tuple[tuple[Task, ...], Callable[[SourceOptions], Source]]] = {
     "digits": (("classification", "detection", "segmentation"), digits),
+    **{name: (("classification",), partial(_relational, question)) for name, question in _QUESTIONS.items()},
     "imagefolder": (("classification",), lambda options: imagefolder(_folder(options, "imagefolder"))),
     "imagenet": (("classification",), lambda options: imagenet(_folder(options, "imagenet"), options.val_labels)),
     "coco": (("detection",), lambda options: coco(_folder(options, "coco"))),
@@ -155,6 +201,9 @@ def open_source(name: str, options: SourceOptions | None = None) -> Source:
     tasks, opener = found
     if options.task is not None and options.task not in tasks:
         raise DataError(f"--task {options.task}: {name} is packed for {' or '.join(tasks)}")
+    for option in ("cells", "classes"):
+        if getattr(options, option) is not None and name not in _QUESTIONS:
+            raise DataError(f"--{option} is for {', '.join(_QUESTIONS)}, not for {name}; leave it out")
     if options.val_labels is not None and name != "imagenet":
         raise DataError(f"--val-labels is for imagenet, not for {name}; leave it out")
     return opener(options)
@@ -162,6 +211,9 @@ def open_source(name: str, options: SourceOptions | None = None) -> Source:
 
 def source_classes(name: str, task: Task = "classification") -> list[str] | None:
     """Class names that a source is known to have before it is packed, None if only its data tells."""
+    for known, question in _QUESTIONS.items():
+        if name == known:
+            return relational.CLASSES[question]
     return _digits_classes(task) if name == "digits" else None
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lightning_modules import exit_codes
-from lightning_modules.errors import UsageError, is_users_mistake, nearest, one_line
+from lightning_modules.errors import is_users_mistake, nearest, one_line
 
 Verb = Callable[[str, Sequence[str]], int]
 
@@ -52,19 +52,28 @@ def _export(verb: str, argv: Sequence[str]) -> int:
     return run(verb, argv)
 
 
+def _explain(verb: str, argv: Sequence[str]) -> int:
+    from lightning_modules.explain_cli import run
+
+    return run(verb, argv)
+
+
 def _bench(verb: str, argv: Sequence[str]) -> int:
     from lightning_modules.bench_cli import run
 
     return run(verb, argv)
 
 
-def _models(verb: str, argv: Sequence[str]) -> int:
-    from mirrorla.complexity import variant_table
+def _ablate(verb: str, argv: Sequence[str]) -> int:
+    from lightning_modules.ablate_cli import run
 
-    if argv:
-        raise UsageError(f"{argv[0]!r} is not understood; `mirrorla models` takes no options")
-    sys.stdout.write(variant_table().rstrip() + "\n")
-    return 0
+    return run(verb, argv)
+
+
+def _models(verb: str, argv: Sequence[str]) -> int:
+    from lightning_modules.models_cli import run
+
+    return run(verb, argv)
 
 
 VERBS: dict[str, Verb] = {
@@ -73,6 +82,7 @@ VERBS: dict[str, Verb] = {
     "test": _train,
     "predict": _train,
     "shards": _shards,
+    "ablate": _ablate,
     "bench": _bench,
     "models": _models,
     "plan": _cluster,
@@ -84,6 +94,7 @@ VERBS: dict[str, Verb] = {
     "doctor": _health,
     "checkpoints": _checkpoints,
     "export": _export,
+    "explain": _explain,
 }
 
 HELP = f"""usage: mirrorla VERB [options]
@@ -94,12 +105,14 @@ HELP = f"""usage: mirrorla VERB [options]
   test       evaluate on the test split (on the validation split where there is none)
   predict    write predictions into the run directory: a table, annotated pictures and COCO json, or class maps
   shards     pack, index, verify or describe data: mirrorla shards --help
+  ablate     train with every combination of settings and seeds, and compare: mirrorla ablate --help
   bench      measure attention, backbone, checkpoint or loader beside their rivals: mirrorla bench --help
-  models     list the variants: parameters, GMACs, attention
+  models     list the variants and hosts, or all their kinds of attention: parameters, GMACs: mirrorla models --help
   status     what a run is doing: mirrorla status RUN (or a folder of runs)
   doctor     what is wrong with a run, and the mend: mirrorla doctor RUN
   checkpoints  list, verify, prune or convert a run's checkpoints: mirrorla checkpoints RUN --verify
   export     write a trained network for other programs: mirrorla export RUN --format onnx|torch-export|safetensors
+  explain    draw where a trained network looks in an image and what its mirrors do: mirrorla explain RUN IMAGE
   plan       say what a job on a SLURM cluster would be: mirrorla plan --help
   submit     hand it to sbatch: mirrorla submit --slurm slurm/debug --config digits/classification
   rehearse   the whole life of such a job, on a private SLURM cluster on this machine

@@ -133,7 +133,7 @@ def _card(source: Source, name: str, form: Format) -> ExportCard:
         num_classes=module.num_classes,
         class_names=class_names(module),
         weights="trained" if module.ema is None else "averaged",
-        attention=[str(kind) for kind in config.attention],
+        attention=list(config.layout),
         mirror=asdict(mirror),
         input=["B", "3", *(["H", "W"] if side >= form.smallest_side else [str(side)] * 2)],
         smallest_side=min(side, form.smallest_side),

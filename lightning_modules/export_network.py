@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mirrorla.attention import Grid, MirrorAttention
+from mirrorla.attention import Grid, MirrorAttention, folded_copy
+from mirrorla.feature_maps import FeatureMap
 from mirrorla.heads.upernet import POOL_SIZES, PyramidPooling
 from mirrorla.kernels import reference
 from mirrorla.kernels.reference import Tables
 from mirrorla.layers import to_map, to_tokens
 from mirrorla.mirror_parameters import MirrorConfig, MirrorParameters
 from mirrorla.positions import rotate
-from mirrorla.pyramid import MirrorPyramid
 
 
 class PortableAttention(nn.Module):
@@ -35,18 +35,26 @@ class PortableAttention(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """Tokens (B, N, C) of a grid -> (B, N, C)."""
+    def forward(self, x: Tensor, grid: Grid, prefix: int = 0) -> Tensor:
+        """Tokens (B, prefix + N, C), those behind the prefix of a grid -> the same shape."""
         layer = self.layer
         q, k, v, gate = layer.project(x)
-        rope = layer.rope(grid, x.device)
-        assert rope is not None, "a grid has positions"
-        if layer.mirrors is None:
-            y = _softmax_attention(q, k, v, rope)
+        rope = layer.rope(grid, x.device, prefix)
+        if layer.mirrors is not None:
+            tables = _mirror_tables(layer.mirrors, *(x[:, prefix:] if prefix else x for x in (q, k)))
+            y = _mirror_attention(q, k, v, tables, rope, layer.mirrors.config.power)
+        elif isinstance(layer.map, FeatureMap):
+            roped = layer.map.tables(rope)
+            streams = layer.map.streams(q, k, v)  # ReLU(phi) = phi
+            y = torch.cat([_mirror_attention(*stream, None, roped, 1.0) for stream in streams], -1)
         else:
-            y = _mirror_attention(q, k, v, _mirror_tables(layer.mirrors, q, k), rope, layer.mirrors.config.power)
-        y = y.flatten(2) + to_tokens(layer.lepe(to_map(v.flatten(2), grid)))
-        return layer.proj(layer.norm(y) * F.silu(gate))
+            y = _softmax_attention(q, k, v, rope)
+        y = y.flatten(2)
+        if layer.lepe is not None:
+            values = v[:, prefix:] if prefix else v
+            term = to_tokens(layer.lepe(to_map(values.flatten(2), grid)))
+            y = y + (F.pad(term, (0, 0, prefix, 0)) if prefix else term)
+        return layer.output(y, gate)
 
 
 class PortablePooling(nn.Module):
@@ -91,13 +99,7 @@ def folded(network: nn.Module) -> nn.Module:
     Args:
         network: anything that contains MirrorAttention layers, or none.
     """
-    copied = copy.deepcopy(network).eval().requires_grad_(False)
-    if isinstance(copied, MirrorPyramid):
-        return copied.fold()
-    for name, module in list(copied.named_modules()):
-        if isinstance(module, MirrorPyramid):
-            copied.set_submodule(name, module.fold())
-    return copied.eval()
+    return folded_copy(network).requires_grad_(False)
 
 
 def portable(network: nn.Module) -> nn.Module:
@@ -133,14 +135,19 @@ def _relative_variance(q: Tensor, k: Tensor) -> Tensor:
     return spread / (spread + mean.unflatten(-1, (-1, 2)).square().mean(-1) + 1e-6)
 
 
-def _mirror_attention(q: Tensor, k: Tensor, v: Tensor, mirror: Tables | None, rope: Tables, power: float) -> Tensor:
+def _mirror_attention(
+    q: Tensor, k: Tensor, v: Tensor, mirror: Tables | None, rope: Tables | None, power: float
+) -> Tensor:
     """Mirrored linear attention (B, N, H, d); see reference.py."""
     phi_k = reference.feature_map(k, mirror, power)
     # Means on both sides: a number of tokens turned into a float would be fixed in the program.
-    state = torch.einsum("bmhd,bmhe->bhde", rotate(phi_k, *rope), v) / k.shape[1]
+    roped = phi_k if rope is None else rotate(phi_k, *rope)
+    state = torch.einsum("bmhd,bmhe->bhde", roped, v) / k.shape[1]
     return reference.apply_state(q, state, phi_k.mean(1), mirror=mirror, rope=rope, power=power)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, rope: Tables) -> Tensor:
-    heads = (rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2))
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, rope: Tables | None) -> Tensor:
+    if rope is not None:
+        q, k = rotate(q, *rope), rotate(k, *rope)
+    heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return F.scaled_dot_product_attention(*heads).transpose(1, 2)

@@ -4,6 +4,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from lightning_modules.backbone import BackboneConfig
+from mirrorla import HOSTS
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class ModelCard:
         mirror: options of the mirrors.
         head: kind and sizes of a dense task's head; empty for a classifier.
         class_names: by class id (detection: by label - 1), so that pictures without a dataset can be told.
+        host: options of a host; empty for other backbones.
     """
 
     KEY: ClassVar[str] = "mirrorla"
@@ -31,6 +33,7 @@ class ModelCard:
     mirror: dict[str, Any]
     head: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
+    host: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -43,8 +46,9 @@ class ModelCard:
         head: dict[str, Any] | None = None,
     ) -> "ModelCard":
         """The card of a module at hand; see the attributes."""
-        layout, mirror = [str(kind) for kind in backbone.attention], asdict(backbone.mirror)
-        return cls(task, backbone.name, num_classes, has_ema, layout, mirror, head or {}, list(class_names))
+        layout, mirror = list(backbone.layout), asdict(backbone.mirror)
+        host = asdict(backbone.host) if backbone.name in HOSTS else {}
+        return cls(task, backbone.name, num_classes, has_ema, layout, mirror, head or {}, list(class_names), host)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only: checkpoints load with weights_only=True."""
@@ -93,6 +97,7 @@ class ModelCard:
             ("has_ema", "--model.ema_decay"),
             ("attention", "--model.backbone.attention"),
             ("mirror", "--model.backbone.mirror"),
+            ("host", "--model.backbone.host"),
             ("head", "--model.detector or --model.head"),
         ):
             inside, wanted = getattr(found, name), getattr(self, name)

@@ -58,7 +58,7 @@ def probe_of(model: LightningModule, transform: Any) -> Probe | None:
 def _is_linear(model: DetectionModule | SegmentationModule) -> bool:
     """Attention of another kind may keep a matrix of tokens by tokens."""
     config = model.backbone_config
-    return config.name.startswith("mirrorla_") and set(config.attention) == {"mirror"}
+    return config.name.startswith("mirrorla_") and "softmax" not in config.layout
 
 
 def _largest(transform: DetectionTrainTransform) -> tuple[int, int]:

@@ -141,7 +141,7 @@ def check_num_classes(num_classes: int, at_least: int) -> None:
 def describe(config: BackboneConfig, network: nn.Module, head: str, num_classes: int, decay: float | None) -> str:
     """One line about a model: name, head, parameters, classes, attention layout, averaging."""
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
-    attention = f", attention {' '.join(config.attention)}" if config.name.startswith("mirrorla_") else ""
+    attention = f", attention {' '.join(config.layout)}" if config.name.startswith("mirrorla_") else ""
     average = f", EMA {decay}" if decay is not None else ""
     name = f"{config.name} {head}".rstrip()
     return f"{name}, {parameters:.2f} M parameters, {num_classes} classes{attention}{average}"

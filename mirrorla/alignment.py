@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ def align_mirrors(model: nn.Module, images: Tensor) -> None:
     """
     was_training = model.training
     hooks = [
-        module.register_forward_pre_hook(_align, with_kwargs=False)
+        module.register_forward_pre_hook(_align, with_kwargs=True)
         for module in model.modules()
         if isinstance(module, MirrorAttention) and module.mirrors is not None
     ]
@@ -33,14 +35,15 @@ def align_mirrors(model: nn.Module, images: Tensor) -> None:
             hook.remove()
 
 
-def _align(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _align(module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
     """Before a layer runs: project without block mirrors, then aim them at the means."""
     assert isinstance(module, MirrorAttention) and module.mirrors is not None
     C, u = module.dim, module.mirrors.u
     heads = (module.num_heads, module.head_dim)
+    tokens = inputs[0][:, options.get("prefix", 0) :]  # a class token has no say
     features = [
         nn.functional.linear(
-            inputs[0],
+            tokens,
             reflect_rows(module.qkvg.weight[rows], u, None, None),
             None
             if module.qkvg.bias is None

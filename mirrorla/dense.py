@@ -11,10 +11,15 @@ from timm.layers.format import Format
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureInfo
 from torch import Tensor, nn
 
+from mirrorla.host_parts import DeiTSpec, HostConfig
+from mirrorla.hosts import PVT
 from mirrorla.mirror_parameters import MirrorConfig
 from mirrorla.pretrained import load_pretrained
 from mirrorla.pyramid import STRIDES, AttentionLayout, MirrorPyramid
-from mirrorla.variants import VARIANTS, check_name
+from mirrorla.variants import HOSTS, own_options
+
+HIERARCHIES = (MirrorPyramid, PVT)
+"""Models of this project with maps at `STRIDES`, and stem, stages, merges and norms by these names."""
 
 
 class DenseBackbone(nn.Module):
@@ -47,13 +52,13 @@ class DenseBackbone(nn.Module):
         self.channels = tuple(channels[place] for place in self._places)
         self.strides = tuple(strides)
         self._frozen: tuple[nn.Module, ...] = ()
-        if isinstance(body, MirrorPyramid):  # a norm whose map nobody reads would get no gradient
+        if isinstance(body, HIERARCHIES):  # a norm whose map nobody reads would get no gradient
             for place in set(range(len(found))).difference(self._places):
                 body.norms[place] = nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) -> maps (B, C_i, ceil(H/s_i), ceil(W/s_i))."""
-        if isinstance(self.body, MirrorPyramid):
+        if isinstance(self.body, HIERARCHIES):
             maps: Sequence[Tensor] = self.body.forward_features(x)
         else:
             maps = self.body(x)
@@ -88,7 +93,7 @@ class DenseBackbone(nn.Module):
         return self
 
     def _first_stages(self, stages: int) -> list[nn.Module]:
-        if isinstance(self.body, MirrorPyramid):
+        if isinstance(self.body, HIERARCHIES):
             return [self.body.stem, *self.body.stages[:stages], *self.body.merges[: stages - 1]]
         if not isinstance(self.body, FeatureDictNet):
             raise ValueError(f"model.frozen_stages {stages}: the stages of {self.name!r} cannot be told apart; use 0")
@@ -104,7 +109,8 @@ def create_dense_backbone(
     strides: Sequence[int] = STRIDES,
     drop_path_rate: float | None = None,
     mirror: MirrorConfig | None = None,
-    attention: AttentionLayout = ("mirror",) * 4,
+    attention: AttentionLayout = "mirror",
+    host: HostConfig | None = None,
     pretrained: str | None = None,
 ) -> DenseBackbone:
     """Build the backbone of a detector or segmenter by name.
@@ -113,8 +119,9 @@ def create_dense_backbone(
         name: "mirrorla_tiny" and the like, or a timm model name.
         strides: of the wanted maps.
         drop_path_rate: stochastic depth; None takes the variant's.
-        mirror: mirrors of a MirrorLA variant; None is the default configuration.
-        attention: kind of attention in each of the four stages of a MirrorLA variant.
+        mirror: mirrors of a MirrorLA variant or host; None is the default configuration.
+        attention: kind of attention of a MirrorLA variant or host, one for all stages or one for each.
+        host: options of a host; None is the default configuration.
         pretrained: a .safetensors or .pt file to start from, for example a classifier's checkpoint.
 
     Returns:
@@ -125,18 +132,13 @@ def create_dense_backbone(
             variant.
         FileNotFoundError: no such checkpoint.
     """
-    check_name(name, mirror, attention)
-    if name in VARIANTS:
-        body = timm.create_model(
-            name, dense=True, drop_path_rate=drop_path_rate, mirror=mirror, attention=tuple(attention)
-        )
-    else:
-        try:
-            body = timm.create_model(name, features_only=True, drop_path_rate=drop_path_rate)
-        except (RuntimeError, AttributeError) as error:
-            raise ValueError(
-                f"backbone {name!r} gives no feature maps ({error}); choose 'resnet18', for example"
-            ) from None
+    options = own_options(name, mirror, attention, host)
+    is_own = bool(options) and not isinstance(HOSTS.get(name), DeiTSpec)
+    options["dense" if is_own else "features_only"] = True  # our own need no wrapper of timm's
+    try:
+        body = timm.create_model(name, drop_path_rate=drop_path_rate, **options)
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(f"backbone {name!r} gives no feature maps ({error}); choose 'resnet18', for example") from None
     if pretrained is not None:  # before norms are left out: the report then names what the file really lacks
         load_pretrained(body, pretrained, partial(_flattened, body))
     return DenseBackbone(body, strides, name=name)
@@ -153,7 +155,7 @@ def _flattened(body: nn.Module, name: str) -> str:
 
 def _maps(body: nn.Module) -> tuple[list[int], list[int]]:
     """Channels and strides of everything a network gives, shallow to deep."""
-    if isinstance(body, MirrorPyramid):
+    if isinstance(body, HIERARCHIES):
         return list(body.channels), list(body.strides)
     info = cast(FeatureInfo, body.feature_info)
     return list(info.channels()), list(info.reduction())

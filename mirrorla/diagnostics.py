@@ -1,5 +1,7 @@
 """What the mirrors do, in numbers: the metrics that back the claims, on a fixed batch, without gradients, in fp32.
 
+Linear peers answer to the same tags, but for what is of mirrors alone; softmax has no features to look at.
+
 Shapes: B images, N tokens, H heads, d channels of a head, J = d/2 blocks, C = H·d.
 """
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrorla.attention import MirrorAttention
+from mirrorla.feature_maps import FeatureMap, Stream
 from mirrorla.kernels.reference import Tables, feature_map, kv_state
 from mirrorla.mirrors import block_mirror, cross_head_mirror, reflect_rows
 
@@ -28,11 +31,12 @@ class LayerProbe:
     Attributes:
         raw: queries and keys straight from the learned projection, each (B, N, H, d).
         crossed: the same after the cross-head mirror.
-        mirrored: the same after the block mirrors: what ReLU sees.
+        mirrored: the same after the block mirrors: what ReLU, or a peer's map, sees.
         v: values (B, N, H, d).
         rho: relative variance (B or 1, H, J), or None without modulation.
         angle: mirror angles (B or 1, H, J) in radians, or None without block mirrors.
         rope: rotary tables (N, d/2), or None.
+        grid: height and width of the tokens, or None.
     """
 
     raw: tuple[Tensor, Tensor]
@@ -42,10 +46,11 @@ class LayerProbe:
     rho: Tensor | None
     angle: Tensor | None
     rope: Tables | None
+    grid: tuple[int, int] | None
 
 
 def probe_layers(model: nn.Module, images: Tensor) -> list[tuple[MirrorAttention, LayerProbe]]:
-    """Run the images once and look into every mirror-attention layer.
+    """Run the images once and look into every linear attention layer.
 
     Args:
         model: a model with MirrorAttention layers; its mode and buffers stay as they are.
@@ -59,9 +64,9 @@ def probe_layers(model: nn.Module, images: Tensor) -> list[tuple[MirrorAttention
     def look(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         assert isinstance(module, MirrorAttention)
         grid = inputs[1] if len(inputs) > 1 else options.get("grid")
-        probes.append((module, _probe(module, inputs[0].float(), grid)))
+        probes.append((module, _probe(module, inputs[0].float(), grid, options.get("prefix", 0))))
 
-    layers = [m for m in model.modules() if isinstance(m, MirrorAttention) and m.mirrors is not None]
+    layers = [m for m in model.modules() if isinstance(m, MirrorAttention) and _is_linear(m)]
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     try:
         with _frozen(model), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -76,7 +81,7 @@ def mirror_metrics(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Scalars of every layer for TensorBoard.
 
     Args:
-        model: a model with MirrorAttention layers; none gives an empty result.
+        model: a model with linear MirrorAttention layers; none gives an empty result.
         images: the fixed probe batch (B, 3, H, W).
 
     Returns:
@@ -101,7 +106,8 @@ def mirror_histograms(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """
     values: dict[str, Tensor] = {}
     for index, (layer, probe) in enumerate(probe_layers(model, images)):
-        assert layer.mirrors is not None
+        if layer.mirrors is None:
+            continue
         theta = layer.mirrors.theta
         if theta is not None and probe.angle is not None:
             values[f"mirror/theta/layer_{index}"] = theta.detach().flatten()
@@ -167,49 +173,78 @@ def head_energy(u: Tensor, num_heads: int) -> Tensor:
 
 @torch.no_grad()
 def _layer_metrics(layer: MirrorAttention, probe: LayerProbe) -> dict[str, Tensor]:
-    mirrors = layer.mirrors
-    assert mirrors is not None
     metrics: dict[str, Tensor] = {}
-    for name, before, after in zip("qk", probe.raw, probe.mirrored, strict=True):
-        metrics[f"mirror/retained_energy_before/{name}"] = retained_energy(before)
-        metrics[f"mirror/retained_energy/{name}"] = retained_energy(after)
-        metrics[f"mirror/dead_channels/{name}"] = (after.amax((0, 1)) <= 0).float().mean()
-    phi_q, phi_k = (feature_map(x, power=mirrors.config.power) for x in probe.mirrored)
-    if phi_k.shape[1] > 1:
-        metrics["attn/entropy"] = attention_entropy(phi_q, phi_k)
-    state, key_mean, _ = kv_state(probe.mirrored[1], probe.v, rope=probe.rope, power=mirrors.config.power)
-    metrics["attn/erank_kv"] = effective_rank(state).mean()
-    metrics["attn/denominator_min"] = torch.einsum("bnhd,bhd->bnh", phi_q, key_mean).min()
-    if mirrors.u is not None:
-        energy = head_energy(mirrors.u.detach(), layer.num_heads)
+    if layer.mirrors is not None or (isinstance(layer.map, FeatureMap) and layer.map.cuts):
+        for name, before, after in zip("qk", probe.raw, probe.mirrored, strict=True):
+            metrics[f"mirror/retained_energy_before/{name}"] = retained_energy(before)
+            metrics[f"mirror/retained_energy/{name}"] = retained_energy(after)
+            metrics[f"mirror/dead_channels/{name}"] = (after.amax((0, 1)) <= 0).float().mean()
+    streams, rope = features(layer, probe), probe.rope
+    if isinstance(layer.map, FeatureMap):
+        rope = layer.map.tables(rope)
+    if probe.v.shape[1] > 1:
+        metrics["attn/entropy"] = torch.stack([attention_entropy(q, k) for q, k, _ in streams]).mean()
+    states = [kv_state(phi_k, v, rope=rope) for _, phi_k, v in streams]  # ReLU(phi) = phi
+    metrics["attn/erank_kv"] = torch.stack([effective_rank(state).mean() for state, _, _ in states]).mean()
+    lowest = [
+        torch.einsum("bnhd,bhd->bnh", phi_q, mean).min()
+        for (phi_q, _, _), (_, mean, _) in zip(streams, states, strict=True)
+    ]
+    metrics["attn/denominator_min"] = torch.stack(lowest).min()
+    return metrics | _mirror_only(layer, probe)
+
+
+def _mirror_only(layer: MirrorAttention, probe: LayerProbe) -> dict[str, Tensor]:
+    """What a peer has not."""
+    metrics: dict[str, Tensor] = {}
+    if layer.mirrors is None:
+        return metrics
+    if layer.mirrors.u is not None:
+        energy = head_energy(layer.mirrors.u.detach(), layer.num_heads)
         metrics["mirror/u_head_energy_max"] = energy.max()
         metrics["mirror/head_cov_offdiag_before"] = _off_diagonal_covariance(probe.raw[0])
         metrics["mirror/head_cov_offdiag_after"] = _off_diagonal_covariance(probe.crossed[0])
-    if probe.angle is not None or mirrors.u is not None:
+    if probe.angle is not None or layer.mirrors.u is not None:
         metrics["mirror/orthogonality_err"] = _orthogonality_error(layer, probe)
     return metrics
 
 
-def _probe(layer: MirrorAttention, x: Tensor, grid: tuple[int, int] | None) -> LayerProbe:
-    mirrors = layer.mirrors
-    assert mirrors is not None
-    C, heads = layer.dim, (layer.num_heads, layer.head_dim)
+def _is_linear(layer: MirrorAttention) -> bool:
+    return layer.mirrors is not None or isinstance(layer.map, FeatureMap)
+
+
+def features(layer: MirrorAttention, probe: LayerProbe) -> list[Stream]:
+    """The features that a linear layer attends with: phi(q), phi(k) and the values of each stream."""
+    q, k = probe.mirrored
+    if isinstance(layer.map, FeatureMap):
+        return layer.map.streams(q, k, probe.v)
+    assert layer.mirrors is not None
+    power = layer.mirrors.config.power
+    return [(feature_map(q, power=power), feature_map(k, power=power), probe.v)]
+
+
+def _probe(layer: MirrorAttention, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> LayerProbe:
+    C, heads, mirrors = layer.dim, (layer.num_heads, layer.head_dim), layer.mirrors
 
     bias = layer.qkvg.bias
     packed = nn.functional.linear(x, layer.qkvg.weight.float(), None if bias is None else bias.float())
-    q_raw, k_raw, v, _ = packed.split(C, dim=-1)
+    q_raw, k_raw, v = packed.split(C, dim=-1)[:3]
     raw = q_raw.unflatten(-1, heads), k_raw.unflatten(-1, heads)
     q, k = raw
-    if mirrors.u is not None:
-        q, k = (cross_head_mirror(x, mirrors.u.float()).unflatten(-1, heads) for x in (q_raw, k_raw))
     rho = angle = None
-    if mirrors.config.modulation != "none":
-        rho = mirrors.relative_variance(q, k, None, None) if mirrors.running_rho is None else mirrors.running_rho[None]
-        angle = mirrors.angles(rho)
-    elif mirrors.theta is not None:
-        angle = mirrors.theta.unsqueeze(0)
+    if mirrors is not None:
+        if mirrors.u is not None:
+            q, k = (cross_head_mirror(x, mirrors.u.float()).unflatten(-1, heads) for x in (q_raw, k_raw))
+        if mirrors.config.modulation != "none":
+            seen = (q[:, prefix:], k[:, prefix:], None, None)
+            rho = mirrors.relative_variance(*seen) if mirrors.running_rho is None else mirrors.running_rho[None]
+            angle = mirrors.angles(rho)
+        elif mirrors.theta is not None:
+            angle = mirrors.theta.unsqueeze(0)
     mirrored = (q, k) if angle is None else (_turn(q, angle), _turn(k, angle))
-    return LayerProbe(raw, (q, k), mirrored, v.unflatten(-1, heads), rho, angle, layer.rope(grid, x.device))
+    return LayerProbe(
+        raw, (q, k), mirrored, v.unflatten(-1, heads), rho, angle, layer.rope(grid, x.device, prefix), grid
+    )
 
 
 def _turn(x: Tensor, angle: Tensor) -> Tensor:

@@ -6,26 +6,25 @@ maps of ceil(n / stride), and nothing is padded into the attention.
 
 from __future__ import annotations
 
-import copy
 import itertools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from timm.layers.drop import DropPath, calculate_drop_path_rates
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from mirrorla.attention import MirrorAttention
+from mirrorla.attention import MirrorAttention, attention_layers, folded_copy, undecayed_parameters
+from mirrorla.feature_maps import layout_of
 from mirrorla.heads.classifier import ClassifierHead
 from mirrorla.layers import ConvFFN, Stem, conv_norm, init_weights, to_map, to_tokens
 from mirrorla.mirror_parameters import MirrorConfig
 
-AttentionLayout = tuple[Literal["mirror", "softmax"], ...]
+AttentionLayout = str | Sequence[str]
+"""One kind of attention for all stages, or one for each stage; the kinds are those of `feature_maps`."""
 STRIDES = (4, 8, 16, 32)
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Block(nn.Module):
         drop_path: probability that an image skips a residual branch in training.
         layer_scale: start of the two learned residual scales.
         mirror: mirrors of the attention.
-        kind: "mirror" or "softmax".
+        kind: "mirror" or a peer of `feature_maps`.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Block(nn.Module):
         drop_path: float,
         layer_scale: float,
         mirror: MirrorConfig,
-        kind: Literal["mirror", "softmax"],
+        kind: str,
     ) -> None:
         super().__init__()
         self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
@@ -103,7 +102,7 @@ class MirrorPyramid(nn.Module):
         in_chans: channels of the images.
         drop_path_rate: overrides the variant's stochastic depth.
         mirror: mirrors of every attention layer.
-        attention: kind of attention in each stage; all four "mirror" is strictly linear.
+        attention: kind of attention, one for all stages or one for each; without "softmax" it is strictly linear.
         dense: no classifier, and a LayerNorm2d on each of `forward_features`' maps.
 
     Attributes:
@@ -112,7 +111,7 @@ class MirrorPyramid(nn.Module):
         attention_kinds: kind of attention in each stage.
 
     Raises:
-        ValueError: an attention layout that does not name four kinds.
+        ValueError: an unknown kind of attention, or a layout that does not name four.
     """
 
     def __init__(
@@ -123,14 +122,13 @@ class MirrorPyramid(nn.Module):
         in_chans: int = 3,
         drop_path_rate: float | None = None,
         mirror: MirrorConfig | None = None,
-        attention: AttentionLayout = ("mirror",) * 4,
+        attention: AttentionLayout = "mirror",
         dense: bool = False,
     ) -> None:
         super().__init__()
-        if len(attention) != len(STRIDES):
-            raise ValueError(f'attention {list(attention)} must name four stages, for example ["mirror"] * 4')
+        kinds = layout_of(attention, len(STRIDES))
         self.spec, self.num_classes = spec, 0 if dense else num_classes
-        self.channels, self.strides, self.attention_kinds = spec.dims, STRIDES, tuple(attention)
+        self.channels, self.strides, self.attention_kinds = spec.dims, STRIDES, kinds
         self.num_features = self.head_hidden_size = spec.dims[-1] if dense else spec.head_width
         rate = spec.drop_path if drop_path_rate is None else drop_path_rate
         rates = cast(list[list[float]], calculate_drop_path_rates(rate, list(spec.depths), stagewise=True))
@@ -145,7 +143,7 @@ class MirrorPyramid(nn.Module):
                         drop_path=rate,
                         layer_scale=spec.layer_scale[stage],
                         mirror=mirror or MirrorConfig(),
-                        kind=attention[stage],
+                        kind=kinds[stage],
                     )
                     for rate in rates[stage]
                 )
@@ -210,7 +208,7 @@ class MirrorPyramid(nn.Module):
 
     def attentions(self) -> list[MirrorAttention]:
         """The attention layers, first to last."""
-        return [module for module in self.modules() if isinstance(module, MirrorAttention)]
+        return attention_layers(self)
 
     def fold(self) -> MirrorPyramid:
         """A copy for inference whose static mirrors are merged into the projections, exactly.
@@ -219,21 +217,11 @@ class MirrorPyramid(nn.Module):
             A new model in evaluation mode; with input-dependent modulation only cross-head mirrors are merged, and a
             log line says so.
         """
-        folded = copy.deepcopy(self).eval()
-        for module in folded.modules():
-            if isinstance(module, Block):
-                module.attention = module.attention.fold()
-        dynamic = sum(a.mirrors is not None and a.mirrors.config.block_mirror for a in folded.attentions())
-        if dynamic:
-            _log.warning(
-                'block mirrors of %d layers follow the image (modulation "instance") and stay; the rest is folded',
-                dynamic,
-            )
-        return folded
+        return folded_copy(self)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the mirrors' parameters, which must not decay."""
-        return {name for name, _ in self.named_parameters() if ".mirrors." in name}
+        """Names of the mirrors' and maps' parameters, which must not decay."""
+        return undecayed_parameters(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """timm's layer groups, for layer-wise learning-rate decay.

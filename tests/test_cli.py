@@ -45,7 +45,7 @@ def test_version(capsys):
     [
         (["fti"], "mirrorla: error: there is no verb 'fti'; did you mean 'fit'?"),
         (["zzzz"], "mirrorla: error: there is no verb 'zzzz'; choose one of fit, validate, test, predict, sha"),
-        (["models", "x"], "mirrorla models: error: 'x' is not understood; `mirrorla models` takes no options"),
+        (["models", "x"], "mirrorla models: error: unrecognized arguments: x; see mirrorla models --help"),
         (["fit"], "mirrorla fit: error: no model is configured; give --config, for example --config dig"),
         (["fit", "--config", "digits/clasification"], "neither a file nor a packaged config; did you mean dig"),
         ([*FIT, "--trainer.max_step", "2"], "unknown key trainer.max_step (command line); nearest: trainer.max_steps"),
@@ -60,7 +60,7 @@ def test_version(capsys):
         ([*FIT, "extra"], "mirrorla fit: error: unrecognized arguments: extra"),
         (["test", *FIT[1:], "--run_dir", "nowhere"], "nowhere/checkpoints holds no checkpoint; train with"),
         (["shards"], "error: which one? mirrorla shards pack|index|verify|info"),
-        (["shards", "pack", "--source", "digts"], "error: source: expected one of 'digits', 'imagefolder', 'imagenet"),
+        (["shards", "pack", "--source", "digts"], "error: source: expected one of 'digits', 'digits-recall', 'digits-"),
         (["shards", "info", "nowhere"], "mirrorla shards: error: dataset folder nowhere does not exist"),
     ],
 )  # fmt: skip

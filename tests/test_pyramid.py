@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from mirrorla import VARIANTS, MirrorAttention, MirrorConfig, MirrorPyramid, align_mirrors, create_backbone
+from mirrorla import HOSTS, VARIANTS, MirrorAttention, MirrorConfig, MirrorPyramid, align_mirrors, create_backbone
 from mirrorla.complexity import attention_layout, count_gmacs, count_parameters, variant_table
 
 # Published siblings of the same sizes: (parameters M, GMACs at 224).
@@ -103,7 +103,7 @@ def test_batchnorm_converts_to_syncbn():
 
 
 def test_timm_builds_classifiers_and_lists_the_variants():
-    assert set(timm.list_models("mirrorla_*")) == set(VARIANTS)
+    assert set(timm.list_models("mirrorla_*")) == {*VARIANTS, *HOSTS}
     assert timm.create_model("mirrorla_pico", num_classes=7)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
     assert pico().get_classifier().out_features == 10
 
@@ -212,8 +212,9 @@ def test_layout_names_what_is_not_linear():
     hybrid = pico(attention=("mirror", "mirror", "softmax", "softmax"))
     assert attention_layout(hybrid) == "mirror, mirror, softmax, softmax (not linear)"
     assert [a.kind for a in hybrid.attentions()] == ["mirror", "mirror", "softmax", "softmax", "softmax"]
-    table = variant_table().splitlines()
-    assert len(table) == 1 + len(VARIANTS) and all("linear" in row for row in table[1:])
+    assert attention_layout(pico(attention="relu")) == "relu x4 (linear)"
+    table = variant_table(64).splitlines()
+    assert len(table) == 1 + len(VARIANTS) + len(HOSTS) and all("linear" in row for row in table[1:])
 
 
 def test_layer_scale_and_drop_path_follow_the_table():

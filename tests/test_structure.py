@@ -19,7 +19,7 @@ ALLOWED = {
     "lightning_modules": {
         *("lightning_modules", "mirrorla", "datamodules", "cluster", "torch", "torchvision", "timm"),
         *("lightning", "torchmetrics", "tensorboard", "jsonargparse", "matplotlib", "numpy", "yaml", "rich", "PIL"),
-        *("safetensors", "tqdm", "deepspeed", "faster_coco_eval"),
+        *("safetensors", "tqdm", "deepspeed", "faster_coco_eval", "scipy"),
     },
 }
 MODULE_ONLY = {"datamodules/base_module.py": {"lightning"}, "datamodules/remote.py": {"aiohttp"}}
