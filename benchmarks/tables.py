@@ -116,11 +116,64 @@ def checkpoint_table(rows: Rows) -> list[str]:
     return [*lines, "", _source("checkpoint", rows[0])]
 
 
+def kernels_table(rows: Rows) -> list[str]:
+    """The operator with mirrors and rotary positions beside its twin and torch's flash kernel, one line a shape.
+
+    Args:
+        rows: of attention_kernels_cpu.csv.
+
+    Returns:
+        Markdown lines.
+    """
+    rivals = {"mirrorla mirror rope": "ours", "reference mirror rope": "plain PyTorch", "sdpa flash": "softmax, flash"}
+    times = " | ".join(f"{direction}: {' | '.join(rivals.values())}" for direction in ("forward", "both"))
+    lines = [f"| shape | B | N | M | H | d | {times} |", "|---" + "|---:" * 11 + "|"]
+    cells = {(row["case"], row["implementation"], row["direction"]): row for row in rows if row["level"] == "kernel"}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        shape = cells[case, "mirrorla mirror rope", "forward"]
+        found = [cells[case, rival, direction]["p50_ms"] for direction in ("forward", "both") for rival in rivals]
+        shown = (f"{float(ms):,.1f} ms" if ms else "–" for ms in found)
+        lines.append(
+            f"| {case} | {' | '.join(shape[key] for key in ('B', 'N', 'M', 'H', 'd'))} | {' | '.join(shown)} |"
+        )
+    return [*lines, "", _source("attention_kernels_cpu", rows[0])]
+
+
+def backbone_table(rows: Rows) -> list[str]:
+    """Training throughput of whole backbones beside timm's.
+
+    Args:
+        rows: of backbone_cpu.csv.
+
+    Returns:
+        Markdown lines.
+    """
+    lines = ["| model | parameters M | GMACs | training images/s | peak MiB |", "|---|---:|---:|---:|---:|"]
+    columns = ("model", "params_m", "gmacs", "images_per_s", "peak_mib")
+    lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
+    return [*lines, "", _source("backbone_cpu", rows[0])]
+
+
+def overtaking_table(rows: Rows) -> list[str]:
+    """From how many tokens on a mirror layer trains faster than a softmax layer, stage by stage.
+
+    Args:
+        rows: of backbone_cpu_overtaking.csv.
+
+    Returns:
+        Markdown lines.
+    """
+    return [*(f"* {line}" for line in backbone.crossings(rows)), "", _source("backbone_cpu_overtaking", rows[0])]
+
+
 _DIGITS_SCORES = {"top1": "top-1 %", "miou": "mIoU %", "box_ap50": "box AP50 %", "mask_ap50": "mask AP50 %"}
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "digits": digits_table,
     "attention_cpu": attention_table,
+    "attention_kernels_cpu": kernels_table,
+    "backbone_cpu": backbone_table,
+    "backbone_cpu_overtaking": overtaking_table,
     "checkpoint": checkpoint_table,
     "loader": loader_table,
     "loader_scale": scale_table,
