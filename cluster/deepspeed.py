@@ -79,6 +79,25 @@ def division(config: Mapping[str, Any]) -> Division:
     return Division(int(zero.get("stage", 0)), leaves("offload_optimizer"), leaves("offload_param"))
 
 
+def require_stage(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that names no stage, as one does which lost it.
+
+    An option of the command line that reaches into a block, as --trainer.strategy.config.zero_optimization.stage 2,
+    puts itself, as text, in place of the whole block: offloading and all.
+
+    Raises:
+        ValueError: naming what is left, with the mend.
+    """
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, Mapping) else None
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise ValueError(
+            f"trainer.strategy.config.zero_optimization {zero} has no stage 1, 2 or 3; an option that reaches into it "
+            "replaces all of it: change it in a copy of configs/deepspeed/zero1.yaml (zero2, zero3, …), or give the "
+            """whole block: --trainer.strategy.config.zero_optimization '{"stage": 2, …}'"""
+        )
+
+
 def named_twice(config: Mapping[str, Any]) -> list[str]:
     """One sentence for every key that another setting already decides."""
     return [

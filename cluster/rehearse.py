@@ -18,13 +18,13 @@ Say = Callable[[str], None]
 
 _TRAINING = (
     *("--config", "digits/classification", "--config", "trainer/cpu", "--trainer.strategy", "ddp"),
-    *("--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"),
 )
 _REQUEST = (
     *("--slurm.nodes=2", "--slurm.gpus_per_node=0", "--slurm.tasks_per_node=1", "--slurm.cpus_per_task=1"),
     *("--slurm.partition=grace", "--slurm.time=10:00", "--slurm.signal_lead_s=20", "--slurm.min_free_gib=0.1"),
 )
-_PATIENCE_S = 120
+_PATIENCE_S = 300
 
 
 class Rehearsal:
@@ -50,25 +50,28 @@ class Rehearsal:
         Raises:
             FileNotFoundError: SLURM is not installed; says how to.
         """
-        with PrivateSlurm(Shape(nodes=2, cpus=2, gpus=0)) as cluster:
+        private = PrivateSlurm(Shape(nodes=2, cpus=2, gpus=0))
+        packing = _start(_mirrorla("shards", "pack", "--source", "digits", "--out", str(self._data)))
+        with packing, private as cluster:  # both take seconds, and want different cores
             os.environ.update(cluster.environment)
             self._tell("a SLURM cluster of 2 nodes runs on this machine, for this command only")
-            self._mirrorla("shards", "pack", "--source", "digits", "--out", str(self._data))
+            _output(packing)
             self._tell("1797 handwritten digits are packed into WebDataset tars")
-            self._mirrorla("submit", *_REQUEST, *_TRAINING, f"--data.path={self._data}", f"--run_dir={self.run}")
+            paths = (f"--data.path={self._data}", f"--run_dir={self.run}")
+            _output(_start(_mirrorla("submit", *_REQUEST, *_TRAINING, *paths)))
             job = slurm.job_number(self.run) or ""
             self._tell(f"mirrorla submit: job {job} is in the queue; its batch script is {slurm.script_path(self.run)}")
             cluster.wait_for(job, "RUNNING")
             self._tell("it runs: one process on each node; they import torch, meet and train …")
-            self._wait_for_text(cluster, job, "epoch 1/")
-            self._tell("the first epoch is done")
+            self._wait_for_text(cluster, job, "attempt 1")
+            self._tell("they train; amid the first of two epochs somebody else needs the nodes")
             self._preempt(cluster, job)
             self._tell("the queue lets it run again (a real one lets it wait two minutes; here that is skipped)")
             state = cluster.finish(job, timeout_s=_PATIENCE_S)
-            self._quote("start 2", "attempt 2", "epoch 3/", "validation top-1", "done")
+            self._quote("start 2", "attempt 2", "epoch 2/", "validation top-1", "done")
             self._tell(f"job {job} is {state}")
-        self._say("")
-        self._say(self._mirrorla("status", str(self.run)).rstrip())
+            self._say("")  # status asks the queue: without a cluster its answer would take a minute to fail
+            self._say(_output(_start(_mirrorla("status", str(self.run)))).rstrip())
         self._tell("the cluster is gone, and no process is left")
         return 0 if state == "COMPLETED" else 1
 
@@ -105,12 +108,18 @@ class Rehearsal:
     def _tell(self, text: str) -> None:
         self._say(f"{time.monotonic() - self._began_s:6.1f} s   {text}")
 
-    def _mirrorla(self, *words: str) -> str:
-        return _output([sys.executable, "-m", "lightning_modules.cli", *words])
+
+def _mirrorla(*words: str) -> list[str]:
+    return [sys.executable, "-m", "lightning_modules.cli", *words]
 
 
-def _output(command: Sequence[str]) -> str:
-    done = subprocess.run(list(command), capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
+def _start(command: Sequence[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _output(process: "subprocess.Popen[str]") -> str:
+    told, complaint = process.communicate(timeout=300)
+    assert isinstance(process.args, list)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(process.args)} ended with {process.returncode}: {complaint.strip()}")
+    return told

@@ -79,10 +79,9 @@ def render(config: SlurmConfig, job: Job) -> str:
 
 def header(config: SlurmConfig, job: Job) -> list[str]:
     """The #SBATCH lines."""
-    is_srun = config.launcher == "srun"
-    per_node = config.num_tasks_per_node
     kind = f"{config.gpu_type}:" if config.gpu_type else ""
-    nodes = str(config.nodes) if config.min_nodes in (None, config.nodes) else f"{config.min_nodes}-{config.nodes}"
+    is_fixed = config.min_nodes in (None, config.nodes)
+    tasks, cpus = _step_shape(config)
     options: list[tuple[str, object]] = [
         ("job-name", config.job_name or default_name(job.run)),
         ("partition", config.partition),
@@ -90,9 +89,12 @@ def header(config: SlurmConfig, job: Job) -> list[str]:
         ("qos", config.qos),
         ("constraint", config.constraint),
         ("exclude", config.exclude),
-        ("nodes", nodes),
-        ("ntasks-per-node", per_node if is_srun else 1),
-        ("cpus-per-task", config.cpus_per_task if is_srun else config.cpus_per_task * per_node),
+        ("nodes", config.nodes if is_fixed else f"{config.min_nodes}-{config.nodes}"),
+        # From tasks per node SLURM counts the job's tasks at its first start, and then waits for as many nodes again,
+        # however few would do; cores per node leave it the range. Seen with 22.05.
+        ("ntasks-per-node", tasks if is_fixed else None),
+        ("cpus-per-task", cpus if is_fixed else None),
+        ("mincpus", None if is_fixed else tasks * cpus),
         # Not --gpus-per-task: it hides every rank's GPUs from its neighbours, which NCCL needs.
         ("gpus-per-node", f"{kind}{config.gpus_per_node}" if config.gpus_per_node else None),
         ("mem", config.memory),
@@ -189,10 +191,9 @@ def _training(config: SlurmConfig, job: Job) -> str:
 
 
 def _srun(config: SlurmConfig, command: Sequence[str]) -> list[str]:
-    options = ["srun", "--kill-on-bad-exit=1", "--wait=60"]
+    tasks, cpus = _step_shape(config)
     # Steps do not inherit --cpus-per-task everywhere, and would then get one core.
-    cores = config.cpus_per_task * (1 if config.launcher == "srun" else config.num_tasks_per_node)
-    options += [f"--cpus-per-task={cores}"]
+    options = ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--ntasks-per-node={tasks}", f"--cpus-per-task={cpus}"]
     if config.container is not None and config.container_runtime == "pyxis":
         options += [f"--container-image={shlex.quote(config.container)}", '--container-workdir="$PWD"']
         mounts = ",".join(config.container_mounts)
@@ -202,6 +203,12 @@ def _srun(config: SlurmConfig, command: Sequence[str]) -> list[str]:
         gpus = ["--nv"] if config.gpus_per_node else []
         command = ["apptainer exec", *gpus, '--pwd "$PWD"', *binds, shlex.quote(config.container), *command]
     return [" ".join(options) + " \\", f"  {' '.join(command)}"]
+
+
+def _step_shape(config: SlurmConfig) -> tuple[int, int]:
+    """What srun starts: tasks on each node, cores of each; torchrun is one task that starts the others."""
+    per_node = config.num_tasks_per_node
+    return (per_node, config.cpus_per_task) if config.launcher == "srun" else (1, config.cpus_per_task * per_node)
 
 
 def _interpreter(config: SlurmConfig, job: Job) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import StrategyRegistry
 
+from cluster.deepspeed import require_stage
 from datamodules.base_module import PackedDataModule
 from lightning_modules import config_checks, console
 from lightning_modules.callbacks.checkpointing import CheckpointConfig
@@ -87,6 +88,7 @@ def refuse_options(options: Any) -> None:
         UsageError: in one line with the mend.
     """
     _refuse_names(options.trainer)
+    _refuse_deepspeed(options.trainer.get("strategy"))
     for key, group in (("checkpoint", CheckpointConfig), ("monitoring", MonitoringConfig), ("guard", GuardConfig)):
         group(**options[key].as_dict())
     try:
@@ -136,6 +138,13 @@ def _build(base: type, key: str, written: dict[str, Any]) -> Any:
     parser = LightningArgumentParser()
     parser.add_subclass_arguments(base, key, required=True)
     return getattr(parser.instantiate_classes(parser.parse_object({key: written})), key)
+
+
+def _refuse_deepspeed(strategy: Any) -> None:
+    """A DeepSpeed configuration written out; the strategy itself would import DeepSpeed and look for devices."""
+    config = None if strategy is None or isinstance(strategy, str) else strategy.get("init_args.config")
+    if isinstance(config, dict):
+        require_stage(config)
 
 
 def _refuse_names(trainer: Any) -> None:

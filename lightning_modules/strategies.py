@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
+from cluster.deepspeed import require_stage
 from lightning_modules.checkpoint import load_plain, read_manifest
 from lightning_modules.checkpoint_io import agreed
 from lightning_modules.commit import remove, temporary
@@ -127,6 +128,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         stage: 1 divides the optimizer state among all ranks, 2 the gradients too, 3 the parameters too.
         config: a DeepSpeed configuration or its path instead; accumulation and clipping come from the Trainer.
         process_group_backend: null takes nccl for GPUs and gloo for CPUs.
+
+    Raises:
+        ValueError: a configuration without a stage.
     """
 
     def __init__(
@@ -140,6 +144,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             process_group_backend = process_group_backend or "gloo"
         super().__init__(stage=stage, config=config, process_group_backend=process_group_backend)
         assert isinstance(self.config, dict)
+        require_stage(self.config)
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
     def setup_environment(self) -> None:

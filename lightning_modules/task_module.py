@@ -48,6 +48,10 @@ class TaskModule(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         training.follow(self.ema, self.trained, self.trainer)
 
+    def on_validation_start(self) -> None:
+        """Validate with the same statistics on every rank."""
+        training.share_buffers(self)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the model card into the checkpoint."""
         checkpoint[ModelCard.KEY] = self.card.to_dict()

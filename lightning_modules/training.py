@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lightning_modules.backbone import BackboneConfig
@@ -108,6 +108,16 @@ def follow(average: ExponentialAverage | None, network: nn.Module, trainer: Trai
         average.update(network, step=trainer.global_step + 1)
 
 
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, such as BatchNorm's running statistics: the ones a checkpoint keeps.
+
+    Without it ranks validate with statistics of their own, and a resumed run with others than the run it goes on from.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        for buffer in module.buffers():
+            distributed.broadcast(buffer, src=0)
+
+
 def known_classes(trainer: Trainer, num_classes: int, names: list[str]) -> list[str]:
     """Class names of the run: the data's, or those known before where the data has none.
 
@@ -140,7 +150,8 @@ def check_num_classes(num_classes: int, at_least: int) -> None:
 
 def describe(config: BackboneConfig, network: nn.Module, head: str, num_classes: int, decay: float | None) -> str:
     """One line about a model: name, head, parameters, classes, attention layout, averaging."""
-    parameters = sum(p.numel() for p in network.parameters()) / 1e6
+    # DeepSpeed's stage 3 leaves parameters empty between uses.
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters()) / 1e6
     attention = f", attention {' '.join(config.layout)}" if config.name.startswith("mirrorla_") else ""
     average = f", EMA {decay}" if decay is not None else ""
     name = f"{config.name} {head}".rstrip()

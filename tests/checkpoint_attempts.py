@@ -38,7 +38,7 @@ def ranks(data):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
         yield Ranks(data, server)
         server.stdin.close()
-        assert server.wait(30) == 0
+        assert server.wait(120) == 0
 
 
 def logs(run):

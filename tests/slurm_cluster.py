@@ -53,6 +53,18 @@ class Cluster(PrivateSlurm):
         """How often a job was queued again."""
         return int(self.client("scontrol", "show", "job", job).partition("Restarts=")[2].split()[0])
 
+    def nodes(self, job, restarts):
+        """Where a job runs after so many restarts, which SLURM would let wait."""
+
+        def runs():
+            if (state := self.state(job)) == "PENDING":
+                time.sleep(2)  # as in finish
+                self.client("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            return state == "RUNNING" and self.restarts(job) == restarts
+
+        wait_until(runs, PATIENCE_S)
+        return self.client("squeue", "--noheader", "--jobs", job, "--format=%N")
+
     def noted(self, job):
         """What the controller wrote about a job."""
         lines = (self.folder / "slurmctld.log").read_text().splitlines()

@@ -4,6 +4,7 @@ What every job leaves behind must be what an uninterrupted one does: ledger, wei
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster import slurm
+from cluster import sbatch, slurm
+from cluster.config import SlurmConfig
 from cluster.private_settings import Shape
+from datamodules.ledger import read_attempt
 from lightning_modules import cli
 from lightning_modules.attempts import read_attempts
 from lightning_modules.checkpoint import list_checkpoints
@@ -187,22 +190,55 @@ def test_an_array_trains_one_run_for_each_seed_and_goes_on_with_the_one_that_was
 
 @pytest.mark.slow
 def test_a_job_goes_on_with_fewer_nodes(cluster, reference):
-    """One of two nodes is gone when the job is queued again; min_nodes lets it start on the other one."""
-    run, job = cluster.submit("fewer", "--slurm.min_nodes=1", "--checkpoint.every_n_steps", "4")
+    """One of two nodes is gone when the job is queued again; min_nodes lets it start on the other one.
+
+    From there on it is, bit for bit, a job of one node that goes on from the same checkpoint; not one of two nodes,
+    whose BatchNorm sees smaller shares of every batch.
+    """
+    saving = ["--checkpoint.every_n_steps", "4"]
+    run, job = cluster.submit("fewer", "--slurm.min_nodes=1", *saving)
     wait_for_steps(run, 10)
     try:
         for state in ("DRAIN", "DOWN"):  # a node that is only down comes back by itself
             cluster.client("scontrol", "update", "NodeName=node2", f"State={state}", "Reason=test")
+        cluster.wait_for(job, "PENDING", timeout_s=PATIENCE_S)
+        shutil.copytree(run / "checkpoints", cluster.runs / "on-one-node" / "checkpoints")
         cluster.finish(run, job)
     finally:
         cluster.client("scontrol", "update", "NodeName=node2", "State=RESUME", check=False)
-    last = read_attempts(run)[-1]
+    number, last = len(read_attempts(run)), read_attempts(run)[-1]
     assert last.step >= 8 and last.outcome == "completed"
     assert "4 x cpu" in told(run) and "2 x cpu" in told(run)
     assert samples_by_step(run) == samples_by_step(reference)
     assert [step for step, _ in curve(run)] == list(range(STEPS))
-    for (_, ours), (_, theirs) in zip(curve(run), curve(reference), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert curve(run)[: last.step] == curve(reference)[: last.step]
+    alone, job = cluster.submit("on-one-node", *saving, nodes=1)
+    cluster.finish(alone, job)
+    assert read_attempt(alone / "ledger", 1) == read_attempt(run / "ledger", number)
+    assert_same_weights(weights(run), weights(alone))
+    assert curve(run)[last.step :] == curve(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_range_of_nodes_shrinks_and_grows_again(launcher, cluster, tmp_path):
+    """What the script asks for, with a job that only waits: all nodes, then the one that is left, then all again."""
+    config = SlurmConfig(nodes=2, min_nodes=1, gpus_per_node=0, tasks_per_node=2, cpus_per_task=1, launcher=launcher)
+    words = sbatch.header(config, sbatch.Job((), tmp_path, tmp_path, "python", (), 77))
+    script, nodes = tmp_path / "job.sh", []
+    (tmp_path / "logs").mkdir()
+    script.write_text("\n".join(["#!/bin/bash", *words, "srun true && sleep 900\n"]))
+    job = cluster.client("sbatch", "--parsable", str(script))
+    for restarts, states in enumerate([(), ("DRAIN", "DOWN"), ("RESUME",)]):
+        for state in states:
+            cluster.client("scontrol", "update", "NodeName=node2", f"State={state}", "Reason=test")
+        if states == ("RESUME",):
+            time.sleep(2)  # until the node counts as idle
+            cluster.client("scontrol", "requeue", job)
+        nodes.append(cluster.nodes(job, restarts))
+    cluster.client("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
+    assert nodes == ["node[1-2]", "node1", "node[1-2]"]
 
 
 @pytest.mark.slow
@@ -256,6 +292,8 @@ def test_a_controller_of_1024_nodes_accepts_what_fits_and_refuses_what_does_not(
         words += ["--data.batch_size", "8192", "--slurm.gpus_per_node=8", "--slurm.cpus_per_task=12"]
         assert cli.main([*words, "--slurm.nodes=512"]) == 0
         assert cli.main([*words, "--slurm.nodes=512", "--slurm.time=2-00:00:00", "--slurm.memory=0"]) == 0
+        assert cli.main([*words, "--slurm.nodes=512", "--slurm.min_nodes=500"]) == 0
         assert cli.main([*words, "--slurm.nodes=1025"]) == 2
         assert cli.main([*words, "--slurm.nodes=512", "--slurm.cpus_per_task=13"]) == 2
+        assert cli.main([*words, "--slurm.nodes=512", "--slurm.min_nodes=500", "--slurm.cpus_per_task=13"]) == 2
         assert cli.main([*words, "--slurm.nodes=512", "--slurm.partition=nowhere"]) == 2

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from cluster import deepspeed, plan, training
+from cluster import plan, training
 from cluster.config import SlurmConfig
 from cluster.refusals import refusals
 from cluster.settings import merge, slurm_section
@@ -95,6 +94,10 @@ TYPOS = {
     "class option": (
         ["--config", "deepspeed/zero2", "--trainer.strategy.init_args.stagee", "2", "--model.ema_decay", "null"],
         "'stagee' is not accepted",
+    ),
+    "block in part": (
+        ["--config", "deepspeed/zero2", "--trainer.strategy.config.zero_optimization.stage", "3"],
+        "trainer.strategy.config.zero_optimization {'stage': '3'} has no stage 1, 2 or 3; an option that reaches into",
     ),
     "class": (
         ["--trainer.callbacks", "lightning.pytorch.callbacks.EarlyStoping"],
@@ -248,37 +251,6 @@ def test_the_plan_refuses_a_typo_and_describes_a_job(capsys, tmp_path, monkeypat
     ):
         assert words in told
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("zero1", deepspeed.settings(1)),
-        ("zero2", deepspeed.settings(2)),
-        ("zero3", deepspeed.settings(3)),
-        ("zero3_cpu", deepspeed.settings(3, "cpu")),
-        ("zero3_nvme", deepspeed.settings(3, "nvme", "/local/nvme")),
-    ],
-)
-def test_packaged_deepspeed_configurations_are_the_functions(name, expected):
-    strategy = yaml.safe_load(find_config(f"deepspeed/{name}").read_text())["trainer"]["strategy"]
-    assert strategy["init_args"]["config"] == expected
-    assert deepspeed.named_twice(expected) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((1, "cpu"), "offload 'cpu' needs stage 2 or 3, not 1"),
-        ((2, "nvme", "/x"), "offload 'nvme' needs stage 3, not 2; 'cpu' works with 2"),
-        ((3, "nvme"), "nvme_path None belongs to offload 'nvme'"),
-        ((3, "cpu", "/x"), "nvme_path '/x' belongs to offload 'nvme', which is 'cpu'"),
-    ],
-)
-def test_offloads_that_a_stage_cannot_do_are_refused(arguments, message):
-    with pytest.raises(ValueError, match="offload") as error:
-        deepspeed.settings(*arguments)
-    assert message in str(error.value)
 
 
 def test_a_request_tells_slurms_options_from_the_trainings(tmp_path, monkeypatch):

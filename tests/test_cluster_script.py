@@ -126,14 +126,14 @@ def test_any_run_directory_is_refused_or_used_as_it_is(name, tmp_path_factory):
 
 
 def test_the_script_reads_as_documented(tmp_path):
-    config = SlurmConfig(partition="gpu", nodes=4, min_nodes=3, gpus_per_node=8, gpu_type="h100", cpus_per_task=12)
+    config = SlurmConfig(partition="gpu", nodes=4, gpus_per_node=8, gpu_type="h100", cpus_per_task=12)
     script = render(config, job(tmp_path, "-m", "x", run="my run"))
     head = script[: script.index("\n\n")].splitlines()
     assert head == [
         "#!/bin/bash",
         "#SBATCH --job-name=my-run",
         "#SBATCH --partition=gpu",
-        "#SBATCH --nodes=3-4",
+        "#SBATCH --nodes=4",
         "#SBATCH --ntasks-per-node=8",
         "#SBATCH --cpus-per-task=12",
         "#SBATCH --gpus-per-node=h100:8",
@@ -145,9 +145,18 @@ def test_the_script_reads_as_documented(tmp_path):
     ]
     assert max(map(len, script.splitlines())) < 250
     (call,) = play(script, tmp_path)[2]
-    assert call[:4] == ["srun", "--kill-on-bad-exit=1", "--wait=60", "--cpus-per-task=12"]
+    assert call[:5] == ["srun", "--kill-on-bad-exit=1", "--wait=60", "--ntasks-per-node=8", "--cpus-per-task=12"]
     tail = ["--ckpt_path", "last", "--trainer.num_nodes", "2", "--trainer.devices", "8"]
     assert trained([call])[-len(tail) :] == tail
+
+
+@pytest.mark.parametrize(("launcher", "step"), [("srun", (8, 12)), ("torchrun", (1, 96))])
+def test_a_range_of_nodes_is_asked_for_without_a_number_of_tasks(launcher, step, tmp_path):
+    config = SlurmConfig(nodes=4, min_nodes=3, gpus_per_node=8, cpus_per_task=12, launcher=launcher)
+    script = render(config, job(tmp_path, "-m", "x"))
+    assert "#SBATCH --nodes=3-4\n#SBATCH --mincpus=96\n#SBATCH --gpus-per-node=8\n" in script
+    (call,) = play(script, tmp_path)[2]
+    assert call[3:5] == [f"--ntasks-per-node={step[0]}", f"--cpus-per-task={step[1]}"]
 
 
 @pytest.mark.parametrize("code", [1, 2, 73, 77, 130])
@@ -226,7 +235,7 @@ def test_a_container_is_wrapped_around_the_training_and_not_around_the_script(tm
     pyxis = SlurmConfig(container="/images/a.sqsh", container_mounts=("/data:/data:ro",))
     (call,) = play(render(pyxis, job(tmp_path, "-m", "x")), tmp_path)[2]
     run = tmp_path / "run"
-    assert call[4:7] == [
+    assert call[5:8] == [
         "--container-image=/images/a.sqsh",
         f"--container-workdir={tmp_path}",
         f"--container-mounts={run}:{run},/data:/data:ro",
@@ -235,7 +244,7 @@ def test_a_container_is_wrapped_around_the_training_and_not_around_the_script(tm
     apptainer = SlurmConfig(container="/images/a.sif", container_runtime="apptainer", container_mounts=("/data:/data",))
     (call,) = play(render(apptainer, job(tmp_path, "-m", "x")), tmp_path)[2]
     words = ["apptainer", "exec", "--nv", "--pwd", str(tmp_path), "--bind", str(run), "--bind", "/data:/data"]
-    assert call[4 : 4 + len(words) + 1] == [*words, "/images/a.sif"]
+    assert call[5 : 5 + len(words) + 1] == [*words, "/images/a.sif"]
 
 
 def test_bandwidth_is_measured_first_and_a_failure_keeps_the_training_from_starting(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_modules.callbacks.figures import MonitoringConfig, curve_step, is_last_validation
 from mirrorla.diagnostics import mirror_histograms, mirror_metrics
@@ -25,6 +25,12 @@ def probed_images(batch: Any) -> Tensor:
     sizes = batch["size"].tolist() if "size" in batch else [image.shape[1:] for image in batch["image"]]
     height, width = (min(PROBED_SIDE, *sides) for sides in zip(*sizes, strict=True))
     return torch.stack([image[:, :height, :width] for image in batch["image"]])
+
+
+def is_divided(network: nn.Module) -> bool:
+    """Whether parameters are divided among ranks; fsdp2's look whole between a forward pass and the next step."""
+    is_fsdp = any(isinstance(part, FSDPModule) for part in network.modules())
+    return is_fsdp or any(hasattr(parameter, "ds_id") for parameter in network.parameters())
 
 
 class MirrorMetrics(Callback):
@@ -50,9 +56,9 @@ class MirrorMetrics(Callback):
         if not is_time or not trainer.is_global_zero or trainer.logger is None:
             return
         evaluated: nn.Module = getattr(pl_module, "evaluated", pl_module)
-        network = getattr(evaluated, "backbone", evaluated)  # of a dense task's network, only this has mirrors
-        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in network.parameters()):
+        if is_divided(evaluated):
             return
+        network = getattr(evaluated, "backbone", evaluated)  # of a dense task's network, only this has mirrors
         batch = trainer.datamodule.probe_batch(self._config.num_probes)  # type: ignore[attr-defined]
         images = probed_images(batch).to(pl_module.device)
         step = curve_step(trainer)
