@@ -166,6 +166,23 @@ def overtaking_table(rows: Rows) -> list[str]:
     return [*(f"* {line}" for line in backbone.crossings(rows)), "", _source("backbone_cpu_overtaking", rows[0])]
 
 
+def evaluation_table(rows: Rows) -> list[str]:
+    """How long AP takes, ours beside pycocotools, which gets run-length codes that are already there.
+
+    Args:
+        rows: of evaluation.csv.
+
+    Returns:
+        Markdown lines.
+    """
+    lines = ["| | collect | score | peak |", "|---|---:|---:|---:|"]
+    for row in rows:
+        collected = f"{float(row['collect_s']):.1f} s" if row["collect_s"] else "–"
+        score = f"{float(row['score_s']):.1f} s | {float(row['peak_gib']):.1f} GiB"
+        lines.append(f"| {row['library']}, {row['kind']} | {collected} | {score} |")
+    return [*lines, "", _source("evaluation", rows[0])]
+
+
 _DIGITS_SCORES = {"top1": "top-1 %", "miou": "mIoU %", "box_ap50": "box AP50 %", "mask_ap50": "mask AP50 %"}
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
@@ -175,6 +192,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "backbone_cpu": backbone_table,
     "backbone_cpu_overtaking": overtaking_table,
     "checkpoint": checkpoint_table,
+    "evaluation": evaluation_table,
     "loader": loader_table,
     "loader_scale": scale_table,
 }
