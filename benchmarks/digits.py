@@ -28,6 +28,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from benchmarks.common import RESULTS, provenance, write_csv
+from lightning_modules.ablate_results import last_scores
 from lightning_modules.tensorboard import Tag
 
 CONFIGS = ("classification", "segmentation", "segmentation_upernet", "detection", "detection_retinanet")
@@ -71,12 +72,8 @@ def train(config: str, seed: int, runs: Path) -> Row:
 
 def scores(run: Path) -> dict[str, float]:
     """The last validation that a run logged, by name; NaN for what its task does not have."""
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    logged = events.Tags()["scalars"]
-    return {
-        name: events.Scalars(f"val/{name}")[-1].value if f"val/{name}" in logged else float("nan") for name in SCORES
-    }
+    logged = last_scores(run)
+    return {name: logged.get(name, float("nan")) for name in SCORES}
 
 
 def picture(run: Path) -> bytes:

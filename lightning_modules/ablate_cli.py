@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -18,6 +18,7 @@ from lightning_modules.ablate_runs import Stopped
 from lightning_modules.commit import commit_text
 from lightning_modules.errors import UsageError
 from lightning_modules.run_directory import default_run_dir
+from lightning_modules.verb_parser import VerbParser
 
 _log = logging.getLogger("mirrorla")
 _RECORD = "ablation.json"
@@ -42,11 +43,6 @@ examples:
     mirrorla ablate imagenet/mirrorla_tiny --over attention=mirror,relu --seeds 0,1,2 --slurm slurm/one_node
 
 attention= is short for model.backbone.attention=. RUN holds the results: results.md, .csv, .png and tensorboard/."""
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see mirrorla ablate --help")
 
 
 def run(verb: str, argv: Sequence[str]) -> int:
@@ -171,14 +167,8 @@ def _slurm_words(files: Sequence[str] | None, fit: Sequence[str]) -> tuple[list[
     return slurm, rest
 
 
-def _parser(verb: str) -> _Parser:
-    parser = _Parser(
-        prog=f"mirrorla {verb}",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser(verb: str) -> VerbParser:
+    parser = VerbParser(verb, _DESCRIPTION, _EPILOG)
     parser.add_argument("config", metavar="CONFIG", help="configuration to vary: a file or a packaged name")
     parser.add_argument(
         "--over", action="append", metavar="KEY=V1,V2", help="a key and its values, the first the reference; repeatable"

@@ -1,10 +1,8 @@
 """`mirrorla checkpoints RUN`: list, verify, prune, convert. No torch but for converting."""
 
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -16,15 +14,11 @@ from lightning_modules.errors import UsageError, one_line
 from lightning_modules.lease import acquire
 from lightning_modules.retention import surplus
 from lightning_modules.run_directory import RunDirectory, resolve_checkpoint
+from lightning_modules.verb_parser import VerbParser
 
 _FILE_WIDTH = 140
 _DESCRIPTION = "List the checkpoints of a run; verify, prune or convert them."
 _EPILOG = "RUN is a run directory; --convert also takes one checkpoint's directory. Exit code 1: one is damaged."
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see mirrorla checkpoints --help")
 
 
 def run(verb: str, argv: Sequence[str]) -> int:
@@ -41,7 +35,7 @@ def run(verb: str, argv: Sequence[str]) -> int:
         UsageError: options that cannot be carried out.
         ValueError: a checkpoint to convert is damaged.
     """
-    parser = _Parser(prog=f"mirrorla {verb}", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    parser = VerbParser(verb, _DESCRIPTION, _EPILOG)
     parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its hash")
     parser.add_argument(

@@ -1,14 +1,15 @@
 """`mirrorla explain CKPT IMAGE`: pictures of what the attention of a trained network does with an image."""
 
 import logging
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from lightning_modules import console
 from lightning_modules.errors import UsageError
 from lightning_modules.run_directory import RunDirectory, resolve_checkpoint
+from lightning_modules.verb_parser import VerbParser
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,11 +29,6 @@ _EPILOG = """\
 examples:
   mirrorla explain runs/digits-classification digit.png
   mirrorla explain best --run_dir runs/digits-segmentation scene.png --query 0.5,0.5 --query 0.2,0.8"""
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see mirrorla explain --help")
 
 
 def run(verb: str, argv: Sequence[str]) -> int:
@@ -138,14 +134,8 @@ def _place(text: str) -> tuple[float, float]:
     return y, x
 
 
-def _parser(verb: str) -> _Parser:
-    parser = _Parser(
-        prog=f"mirrorla {verb}",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser(verb: str) -> VerbParser:
+    parser = VerbParser(verb, _DESCRIPTION, _EPILOG)
     parser.add_argument(
         "checkpoint", metavar="CKPT", help="a run, whose best or else newest is taken, a checkpoint; or best or last"
     )

@@ -1,13 +1,12 @@
 """`mirrorla export CKPT --format F`: a trained network as a file that other programs run."""
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from lightning_modules import console
 from lightning_modules.errors import UsageError
 from lightning_modules.run_directory import RunDirectory, resolve_checkpoint
+from lightning_modules.verb_parser import VerbParser
 
 FORMATS = ("safetensors", "torch-export", "onnx")
 _DESCRIPTION = """\
@@ -30,11 +29,6 @@ examples:
   mirrorla predict segmenter.onnx --data.path IMAGES
 
 Exit codes: 2 for a command that cannot be carried out, 1 where the file would give other results."""
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see mirrorla export --help")
 
 
 def run(verb: str, argv: Sequence[str]) -> int:
@@ -68,14 +62,8 @@ def run(verb: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser(verb: str) -> _Parser:
-    parser = _Parser(
-        prog=f"mirrorla {verb}",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser(verb: str) -> VerbParser:
+    parser = VerbParser(verb, _DESCRIPTION, _EPILOG)
     parser.add_argument(
         "checkpoint", metavar="CKPT", help="a run, whose best or else newest is taken, a checkpoint; or best or last"
     )
