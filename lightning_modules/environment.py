@@ -16,8 +16,14 @@ import torch
 _PACKAGES = ("mirrorla", "torch", "torchvision", "triton", "lightning", "timm", "torchmetrics", "webdataset", "numpy")
 _VARIABLES = re.compile(r"(SLURM|CUDA|NCCL|GLOO|OMP|MASTER|WORLD|RANK|LOCAL|TORCH|TRITON|HF|PL|DS)_\w+|WORLD_SIZE|RANK")
 _SECRET_NAME = re.compile(r"token|secret|passw|api_?key|access_?key|private_?key|credential|auth", re.IGNORECASE)
-_SECRET_OPTION = re.compile(rf"(--[\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*)(=| )(\S+)", re.IGNORECASE)
-_SECRET_KEY = re.compile(rf"^([+\-\s]*[\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*:[ ]+)(\S.*)$", re.IGNORECASE | re.M)
+_SWITCH = "(?:true|false|null)"  # cannot be a secret, as the value of host.class_token
+_SECRET_OPTION = re.compile(
+    rf"(--[\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*)(=| )(?!{_SWITCH}(?:\s|$))(\S+)", re.IGNORECASE
+)
+_SECRET_KEY = re.compile(
+    rf"^([+\-\s]*[\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*:[ ]+)(?!{_SWITCH}\s*$)(\S.*)$",
+    re.IGNORECASE | re.MULTILINE,
+)
 _SECRET_STRING = re.compile(
     rf"([\w.\-]*(?:{_SECRET_NAME.pattern})[\w.\-]*[\"']?\s*[:=]\s*)([\"'])[^\"'\n]+\2", re.IGNORECASE
 )
@@ -28,6 +34,8 @@ MAX_DIFF = 1 << 18
 
 def redact(text: str) -> str:
     """Hide passwords in URLs, and values of options, YAML keys and quoted strings whose name sounds secret.
+
+    True, false and null stay.
 
     Args:
         text: a command line, YAML, JSON, source code, or a diff of these.

@@ -96,8 +96,8 @@ TYPOS = {
         "'stagee' is not accepted",
     ),
     "block in part": (
-        ["--config", "deepspeed/zero2", "--trainer.strategy.config.zero_optimization.stage", "3"],
-        "trainer.strategy.config.zero_optimization {'stage': '3'} has no stage 1, 2 or 3; an option that reaches into",
+        ["--config", "deepspeed/zero2", "--trainer.strategy.config.zero_optimization.stage", "1"],
+        "trainer.strategy.config.zero_optimization {'stage': '1'} has no stage 1, 2 or 3; an option that reaches into",
     ),
     "class": (
         ["--trainer.callbacks", "lightning.pytorch.callbacks.EarlyStoping"],

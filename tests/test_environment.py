@@ -41,6 +41,8 @@ def test_secrets_are_hidden(text):
     [
         "mirrorla fit --config digits/classification --model.optim.lr 1e-3",
         "+    manifest = replace(draft.manifest, token=draft.token())",
+        "    host:\n      class_token: false\n      positions: null\n",
+        "mirrorla fit --model.backbone.host.class_token true --trainer.max_steps 2",
         '-    name = "tokens over time"\n+tokens = 64\n',
     ],
 )

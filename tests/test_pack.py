@@ -205,7 +205,8 @@ def test_an_unfit_image_folder_is_refused_with_the_mend(images, tmp_path, spoil,
     [
         (
             {"source": "mnist"},
-            "--source 'mnist' is unknown; known are digits, imagefolder, imagenet, coco, ade20k, idx",
+            "--source 'mnist' is unknown; known are digits, digits-recall, digits-same-different, digits-counting, "
+            "imagefolder, imagenet, coco, ade20k, idx",
         ),
         ({"source": "imagefolder"}, "--source imagefolder needs --data, the folder to pack"),
         ({"source": "imagefolder", "data": "nowhere"}, "--data nowhere is no folder"),
