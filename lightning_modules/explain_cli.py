@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_modules import console
 from lightning_modules.errors import UsageError
-from lightning_modules.run_directory import RunDirectory, resolve_checkpoint
+from lightning_modules.run_directory import named_checkpoint
 from lightning_modules.verb_parser import VerbParser
 
 if TYPE_CHECKING:
@@ -46,14 +46,10 @@ def run(verb: str, argv: Sequence[str]) -> int:
         ValueError: the checkpoint is damaged.
     """
     options = _parser(verb).parse_args(argv)
-    if options.checkpoint in ("best", "last") and options.run_dir is None:
-        raise UsageError(f"{options.checkpoint} of which run? give --run_dir RUN, or the run itself")
     console.quiet_libraries()
     console.speak(rank=0)
     try:
-        run_directory = RunDirectory(options.run_dir or Path(options.checkpoint))
-        chosen = resolve_checkpoint(options.checkpoint, run_directory, training=False)
-        assert chosen is not None, "a word was given"
+        chosen = named_checkpoint(options.checkpoint, options.run_dir)
         pictures = {path: _opened(path) for path in options.images}
         _explain(chosen, pictures, options.queries or list(PLACES), options.output or chosen.parents[1] / "explain")
     finally:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_modules import console
-from lightning_modules.errors import UsageError
-from lightning_modules.run_directory import RunDirectory, resolve_checkpoint
+from lightning_modules.run_directory import named_checkpoint
 from lightning_modules.verb_parser import VerbParser
 
 FORMATS = ("safetensors", "torch-export", "onnx")
@@ -46,14 +45,10 @@ def run(verb: str, argv: Sequence[str]) -> int:
         ValueError: the checkpoint is damaged, or the file gives other results (exit code 1).
     """
     options = _parser(verb).parse_args(argv)
-    if options.checkpoint in ("best", "last") and options.run_dir is None:
-        raise UsageError(f"{options.checkpoint} of which run? give --run_dir RUN, or the run itself")
     console.quiet_libraries()
     console.speak(rank=0)
     try:
-        run_directory = RunDirectory(options.run_dir or Path(options.checkpoint))
-        chosen = resolve_checkpoint(options.checkpoint, run_directory, training=False)
-        assert chosen is not None, "a word was given"
+        chosen = named_checkpoint(options.checkpoint, options.run_dir)
         from lightning_modules.export import export
 
         export(chosen, options.format, options.output)

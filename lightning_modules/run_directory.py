@@ -18,6 +18,7 @@ from lightning_modules.checkpoint import (
     read_scores,
     verify,
 )
+from lightning_modules.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,24 @@ def default_run_dir(config: Path | None) -> Path:
         last = len(parts) - 1 - parts[::-1].index("configs")
         return Path("runs") / "-".join(parts[last + 1 :])
     return Path("runs") / parts[-1]
+
+
+def named_checkpoint(word: str, run_dir: Path | None) -> Path:
+    """The checkpoint that a verb's CKPT means: a run, a checkpoint, or best or last of --run_dir.
+
+    Args:
+        word: as typed.
+        run_dir: the run that best and last refer to.
+
+    Raises:
+        UsageError: best or last of no run.
+        ValueError, FileNotFoundError: as resolve_checkpoint.
+    """
+    if word in ("best", "last") and run_dir is None:
+        raise UsageError(f"{word} of which run? give --run_dir RUN, or the run itself")
+    chosen = resolve_checkpoint(word, RunDirectory(run_dir or Path(word)), training=False)
+    assert chosen is not None, "a word was given"
+    return chosen
 
 
 def resolve_checkpoint(word: str | None, run: RunDirectory, *, training: bool, hashes: bool = True) -> Path | None:
