@@ -1,8 +1,9 @@
 """A private SLURM cluster for tests: jobs of the digits on it, and what they leave behind."""
 
 import os
+import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -118,6 +119,36 @@ def processes(run):
         path for path in ours if mentions(path, "lightning_modules.cli") and not mentions(path, "cluster.launch")
     ]
     return [int(path.parent.name) for path in trained]
+
+
+def send(pids, number):
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def is_held(pid):
+    """Whether a process is stopped, and no SIGUSR1 waits for it to go on."""
+    try:
+        lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    except OSError:
+        return False
+    pending = [int(words[1], 16) >> (signal.SIGUSR1 - 1) & 1 for words in lines if words[0] in ("SigPnd:", "ShdPnd:")]
+    return ["State:", "T", "(stopped)"] in lines and not any(pending)
+
+
+@contextmanager
+def held_until_signalled(run, count, patience_s):
+    """Hold a run's ranks, which would end too soon, until SIGUSR1 waits for every one of them."""
+    ranks = processes(run)
+    assert len(ranks) == count
+    send(ranks, signal.SIGSTOP)
+    try:
+        wait_until(lambda: all(is_held(pid) for pid in ranks), 10)
+        yield
+        wait_until(lambda: not any(is_held(pid) for pid in ranks), patience_s)
+    finally:
+        send(ranks, signal.SIGCONT)
 
 
 def wait_for_steps(run, least):

@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +25,11 @@ from tests.slurm_cluster import (
     PATIENCE_S,
     STEPS,
     assert_same_weights,
+    held_until_signalled,
     ledger,
     processes,
     running,
+    send,
     told,
     wait_for_steps,
     wait_until,
@@ -112,36 +112,14 @@ def test_a_preempted_job_goes_on_and_ends_as_if_nothing_had_happened(partition, 
         assert (first.outcome, first.end_step) == ("SIGTERM", second.step)
 
 
-def send(pids, number):
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def is_held(pid):
-    """Whether a process is stopped, and no SIGUSR1 waits for it to go on."""
-    try:
-        lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
-    except OSError:
-        return False
-    pending = [int(words[1], 16) >> (signal.SIGUSR1 - 1) & 1 for words in lines if words[0] in ("SigPnd:", "ShdPnd:")]
-    return ["State:", "T", "(stopped)"] in lines and not any(pending)
-
-
 @pytest.mark.slow
 def test_the_time_limit_is_no_end(cluster, reference):
     """The training is too short for SLURM's shortest limits, so it is held in the middle until the signal is there."""
     request = ["--slurm.time=2", "--slurm.signal_lead_s=30", "--slurm.max_fruitless_restarts=9"]
     run, job = cluster.submit("limited", *request)
     wait_for_steps(run, 10)
-    ranks = processes(run)
-    assert len(ranks) == 4
-    send(ranks, signal.SIGSTOP)
-    try:
-        wait_until(lambda: all(is_held(pid) for pid in ranks), 10)
-        wait_until(lambda: not any(is_held(pid) for pid in ranks), 130)
-    finally:
-        send(ranks, signal.SIGCONT)
+    with held_until_signalled(run, 4, 130):
+        pass
     cluster.finish(run, job)
     assert_as_if_uninterrupted(run, reference)
     stopped = [attempt for attempt in read_attempts(run) if attempt.outcome == "SIGUSR1"]
@@ -157,6 +135,7 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(how, clus
     if how == "down":
         cluster.client("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     else:
+        send(processes(run), signal.SIGSTOP)  # or the training ends before the controller misses the daemon
         os.kill(cluster.daemon("node2"), signal.SIGKILL)
     wait_until(lambda: cluster.restarts(job) > 0, PATIENCE_S)
     if how == "killed":
@@ -174,7 +153,8 @@ def test_an_array_trains_one_run_for_each_seed_and_goes_on_with_the_one_that_was
     run, job = cluster.submit("array", "--slurm.array=1-2", *short, nodes=1, tasks=1)
     first, second = run / "seed_1", run / "seed_2"
     wait_until(lambda: len(list_checkpoints(first / "checkpoints")) > 0, PATIENCE_S)
-    cluster.client("scancel", "--signal=USR1", f"{job}_1")
+    with held_until_signalled(first, 1, 30):
+        cluster.client("scancel", "--signal=USR1", f"{job}_1")
     for number in (1, 2):
         cluster.finish(run, f"{job}_{number}")
     assert [attempt.outcome for attempt in read_attempts(first)] == ["SIGUSR1", "completed"]
