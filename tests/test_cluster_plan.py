@@ -210,7 +210,10 @@ def test_every_packaged_training_is_weighed(task):
     options = parse(["--config", str(find_config(task)), "--data.sources", "digits"])
     refuse_options(options)
     sizes = weigh(options, calibrate=False)
-    assert sizes.parameters > 200_000 and sizes.activation_bytes > 500_000 and min(sizes.size) >= 32
+    assert sizes.parameters == sum(parameter.numel() for parameter in build_model(options.model).parameters())
+    is_host = "deit" in str(options.model)  # a plain transformer of 64 channels, about half a pyramid
+    assert is_host or sizes.parameters > 500_000
+    assert sizes.activation_bytes > 500_000 and min(sizes.size) >= 32
 
 
 @pytest.mark.parametrize("task", ["digits/detection", "digits/segmentation"])
