@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -84,7 +85,7 @@ class DeiT(nn.Module):
         self.head = nn.Linear(spec.dim, num_classes) if num_classes else nn.Identity()
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
-        self.apply(start_weights)
+        self.apply(partial(start_weights, std=spec.init_std))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> tokens (B, p + N, C), the class token first."""
