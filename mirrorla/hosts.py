@@ -86,6 +86,8 @@ class DeiT(nn.Module):
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
         self.apply(partial(start_weights, std=spec.init_std))
+        if spec.patch_std is not None:
+            nn.init.trunc_normal_(self.stem.proj.weight, std=spec.patch_std)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> tokens (B, p + N, C), the class token first."""

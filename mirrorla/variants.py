@@ -34,7 +34,9 @@ VARIANTS = MappingProxyType(
 HOSTS: Mapping[str, DeiTSpec | PVTSpec] = MappingProxyType(
     {
         # For grids of a few hundred tokens on a laptop.
-        "mirrorla_deit_pico": DeiTSpec(64, 2, 2, patch_size=4, image_size=64, drop_path=0.0, init_std=0.07),
+        "mirrorla_deit_pico": DeiTSpec(
+            64, 2, 2, patch_size=4, image_size=64, drop_path=0.0, init_std=0.07, patch_std=0.12
+        ),
         "mirrorla_deit_tiny": DeiTSpec(192, 12, 3),
         "mirrorla_deit_small": DeiTSpec(384, 12, 6),
         "mirrorla_deit_base": DeiTSpec(768, 12, 12),
