@@ -4,6 +4,7 @@
 # make test     lint, types and the default tests
 # make bench    the benchmarks that run on a CPU
 # make results  README's tables and figures anew from benchmarks/results
+# make fashion-mnist  fetch and pack Fashion-MNIST into data/, from Debian's archive
 # make lint     lint and types alone
 # make format   let ruff mend what it can
 PYTHON ?= python3
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 SLURM := slurmctld slurmd slurm-client munge
 INSTALL_SLURM := apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(SLURM)
 
-.PHONY: train rehearse slurm test test-slow lint format results bench help
+.PHONY: train rehearse slurm test test-slow lint format results bench fashion-mnist help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -70,3 +71,6 @@ bench: $(STAMP)
 	@$(BIN)/mirrorla bench attention
 	@$(BIN)/mirrorla bench attention --over tokens
 	@$(BIN)/mirrorla bench loader
+
+fashion-mnist: $(STAMP)
+	@$(BIN)/python -m benchmarks.fashion_mnist
