@@ -1,0 +1,60 @@
+"""benchmarks.maps: what its table says of given scores, and what the Fashion-MNIST subset keeps."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import maps
+from benchmarks.fashion_mnist import subset
+from datamodules.sources_idx import idx
+
+
+def rows(scores: dict[str, list[float]], task: str = "counting") -> list[dict[str, str]]:
+    return [
+        {"task": task, "setting": setting, "seed": str(seed), "top1": f"{score}"}
+        for setting, found in scores.items()
+        for seed, score in enumerate(found)
+    ]
+
+
+def test_a_task_separates_only_beyond_three_standard_errors():
+    apart = rows({"mirror": [0.8, 0.82, 0.81], "relu": [0.6, 0.62, 0.61], "softmax": [0.9, 0.91, 0.93]})
+    close = rows({"mirror": [0.8, 0.82, 0.81], "relu": [0.6, 0.9, 0.61], "softmax": [0.62, 0.91, 0.63]}, "recall")
+    text = maps.table([*apart, *close])
+    assert "* counting separates the maps: softmax - relu = +30.3, standard error 0.88." in text
+    assert any(
+        line.startswith("* recall does not separate")
+        for line in maps.table(rows({"relu": [0.9, 0.5], "softmax": [0.8, 0.8]}, "recall"))
+    )
+    assert "| counting | mirror | 3 | 81.0 ± 1.0 |  |  |" in text
+
+
+def test_a_difference_whose_interval_holds_zero_is_called_not_significant():
+    text = "\n".join(maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.9, 0.7, 0.82]})))
+    assert "not significant" in text
+    assert "not significant" not in "\n".join(maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.7, 0.8, 0.6]})))
+
+
+def test_an_unknown_task_is_named(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        maps.main(["countings"])
+    assert stopped.value.code == 2
+    assert "there is no task 'countings'; choose from counting" in capsys.readouterr().err
+
+
+def test_a_subset_keeps_the_first_training_images_and_the_whole_test_set(tmp_path: Path):
+    for split, count in (("train", 12), ("t10k", 5)):
+        images = np.zeros((count, 28, 28), np.uint8)
+        (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4B3I", 0, 0, 8, 3, *images.shape) + images.tobytes()
+        )
+        labels = bytes(n % 10 for n in range(count))
+        (tmp_path / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, count) + labels)
+    whole = idx(tmp_path)
+    part = subset(whole, 7)
+    assert [sample.key for sample in part.splits["train"]] == [sample.key for sample in whole.splits["train"]][:7]
+    assert len(part.splits["val"]) == 5
