@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import attention_shapes, attention_tokens, backbone, loader
+from benchmarks import attention_shapes, attention_tokens, backbone, loader, maps
 from benchmarks.common import RESULTS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -195,6 +195,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "evaluation": evaluation_table,
     "loader": loader_table,
     "loader_scale": scale_table,
+    "maps": lambda rows: [*maps.table(rows), "", _source("maps", rows[0])],
 }
 
 FIGURES: dict[str, Callable[[Rows, Path], None]] = {

@@ -30,7 +30,8 @@ def test_recipe_builds_model_and_data(name):
     built = parser.instantiate(config)
     assert isinstance(built.data, LightningDataModule)
     assert count_parameters(built.model.backbone) > 100_000
-    assert built.model.backbone_config.name.removeprefix("mirrorla_") in name or name.startswith("digits/")
+    named_after_data = name.startswith(("digits/", "fashion_mnist/"))
+    assert built.model.backbone_config.name.removeprefix("mirrorla_") in name or named_after_data
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -139,7 +139,7 @@ def test_a_host_trains_in_the_classification_module(kind, digits, tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint's host is .*change --model.backbone.host"):
         ModelCard.of("classification", other, 10, True, []).matched({ModelCard.KEY: module.card.to_dict()})
     metrics = mirror_metrics(module.evaluated, torch.randn(2, 3, 16, 16))
-    assert {tag.rsplit("_", 1)[1] for tag in metrics} == {"0", "1", "2", "3"}
+    assert {tag.rsplit("_", 1)[1] for tag in metrics} == {"0", "1"}
 
 
 def test_the_comparison_counts_what_the_models_count():
