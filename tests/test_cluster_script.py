@@ -69,6 +69,7 @@ def evil_or_plain():
 @given(field=st.sampled_from(TEXT_FIELDS), text=evil_or_plain())
 @example(field="array", text="0-4\ntouch canary")
 @example(field="container", text="image$(touch canary)")
+@example(field="time", text="1")
 def test_any_text_in_any_field_is_refused_or_gives_a_script_that_runs_only_the_training(field, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     value = (text,) if isinstance(getattr(SlurmConfig(), field), tuple) else text

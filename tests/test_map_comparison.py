@@ -30,13 +30,31 @@ def test_a_task_separates_only_beyond_three_standard_errors():
         line.startswith("* recall does not separate")
         for line in maps.table(rows({"relu": [0.9, 0.5], "softmax": [0.8, 0.8]}, "recall"))
     )
-    assert "| counting | mirror | 3 | 81.0 ± 1.0 |  |  |" in text
+    assert "| top-1 % | counting; 3 seeds | recall; 3 seeds |" in text
+    assert "| mirror | 81.0 ± 1.0 | 81.0 ± 1.0 |" in text
+    assert "| softmax | 91.3 ± 1.5 * | 72.0 ± 16.5 |" in text
+    assert "| elu | – | – |" in text
 
 
-def test_a_difference_whose_interval_holds_zero_is_called_not_significant():
-    text = "\n".join(maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.9, 0.7, 0.82]})))
-    assert "not significant" in text
-    assert "not significant" not in "\n".join(maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.7, 0.8, 0.6]})))
+def test_a_difference_whose_interval_holds_zero_has_no_star():
+    assert "| relu | 80.7 ± 9.7 |" in maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.9, 0.7, 0.82]}))
+    assert "| relu | 70.3 ± 10.5 * |" in maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.7, 0.81, 0.6]}))
+
+
+def test_a_task_over_something_else_than_maps_has_a_table_of_its_own():
+    text = maps.table(rows({"off": [0.7, 0.71, 0.72], "power 2": [0.8, 0.81, 0.82]}, "parts of mirror, counting"))
+    assert "| parts of mirror, counting | seeds | top-1 % | against the first (95 %) |" in text
+    assert "| off | 3 | 71.0 ± 1.0 |  |" in text
+    assert "| power 2 | 3 | 81.0 ± 1.0 * | +10.0 (+10.0 … +10.0) |" in text
+
+
+def test_values_of_mirrors_stand_under_their_labels(tmp_path: Path):
+    (tmp_path / "results.csv").write_text(
+        "model.backbone.mirror,seed,state,top1,commit,device,torch\n"
+        '"{modulation: none, cross_head: false}",0,finished,0.5,c,cpu,2\n'
+    )
+    (found,) = maps.rows_of("parts of mirror, counting", tmp_path)
+    assert found["setting"] == "block only, static"
 
 
 def test_an_unknown_task_is_named(capsys):
