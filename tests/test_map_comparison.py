@@ -37,7 +37,7 @@ def test_a_task_separates_only_beyond_three_standard_errors():
 
 
 def test_a_difference_whose_interval_holds_zero_has_no_star():
-    assert "| relu | 80.7 ± 9.7 |" in maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.9, 0.7, 0.82]}))
+    assert "| relu | 80.7 ± 10.1 |" in maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.9, 0.7, 0.82]}))
     assert "| relu | 70.3 ± 10.5 * |" in maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.7, 0.81, 0.6]}))
 
 
