@@ -1,19 +1,20 @@
-"""Training throughput and peak memory of whole backbones beside timm's, and where linear attention overtakes softmax.
+"""Throughput and peak memory of whole backbones beside timm's, and where linear attention overtakes softmax.
 
     mirrorla bench backbone --device cuda
 
 Every model takes the same steps in the same run: forward, cross-entropy, backward and AdamW on random images, in bf16
-autocast on a GPU and fp32 on a CPU. Batches shrink with the image's area, and by half again where memory does not
-suffice. Then one layer of each stage of mirrorla_tiny trains on growing numbers of tokens, mirror beside softmax.
+autocast on a GPU and fp32 on a CPU; then the forward alone, in eval mode, on the same batch. Batches shrink with the
+image's area, and by half again where memory does not suffice. A model of ours may name its attention after a colon:
+one kind for all stages, or hybrid, which is mirror in the first two and softmax in the last two. Then one layer of
+each stage of mirrorla_tiny trains on growing numbers of tokens, mirror beside softmax.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -23,17 +24,18 @@ from rich.progress import track
 from torch import nn
 
 from benchmarks.common import RESULTS, chosen_device, measure, numbers, provenance, quantiles_ms, write_csv
-from benchmarks.rivals import squarest_grid
+from benchmarks.overtaking import crossings, measure_layers
 from benchmarks.timing import MIB, peak_mib
-from mirrorla import VARIANTS, MirrorAttention
 from mirrorla.complexity import count_gmacs, count_parameters
+from mirrorla.feature_maps import KINDS
 
-OURS = ("mirrorla_tiny", "mirrorla_small")
-PEERS = ("swin_tiny_patch4_window7_224", "pvt_v2_b2", "deit_small_patch16_224", "convnext_tiny")
-SIZES = {"cuda": "224,512,1024", "cpu": "224"}
+OURS = ("mirrorla_tiny", "mirrorla_tiny:hybrid", "mirrorla_small", "mirrorla_small:hybrid")
+PEERS = ("pvt_v2_b1", "pvt_v2_b2", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "convnext_tiny")
+HYBRID = ("mirror", "mirror", "softmax", "softmax")
+SIZES = "224,512,1024"
 BATCH_224 = {"cuda": 128, "cpu": 2}
-TOKENS = {"cuda": (64, 256, 1024, 4096, 16384), "cpu": (16, 64, 256, 1024, 4096)}
-LAYER_BATCH = {"cuda": 16, "cpu": 1}
+STEPS = (("training", "images_per_s", "peak_mib"), ("inference", "inference_images_per_s", "inference_peak_mib"))
+"""What the steps do, and its columns in the CSV."""
 Row = dict[str, str]
 Rows = Sequence[Mapping[str, str]]
 
@@ -49,8 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     device = chosen_device(options.device)
-    sizes = options.sizes or [int(size) for size in SIZES[device.type].split(",")]
-    points = list(itertools.product(sizes, options.models.split(",")))
+    points = list(itertools.product(options.sizes, options.models))
     console = Console(stderr=True)
     rows = [
         measure_model(name, size, device, options.budget_s) for size, name in track(points, "models", console=console)
@@ -67,14 +68,29 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def model_names(text: str) -> list[str]:
+    """Names by commas, from a command line.
+
+    Raises:
+        ArgumentTypeError: a name that timm does not know, or an attention that is none.
+    """
+    for one in (names := text.split(",")):
+        name, colon, attention = one.partition(":")
+        if not timm.is_model(name):
+            raise argparse.ArgumentTypeError(f"{name!r} is no model of timm or of ours; see mirrorla models")
+        if colon and (not name.startswith("mirrorla") or attention not in (*KINDS, "hybrid")):
+            raise argparse.ArgumentTypeError(f"{one!r}: ours alone take an attention: {', '.join(KINDS)} or hybrid")
+    return names
+
+
 def measure_model(name: str, size: int, device: torch.device, budget_s: float) -> Row:
-    """Train one model on random images for a while.
+    """Train one model on random images for a while, then let it infer.
 
     Args:
         name: of a timm model; ours are registered there.
         size: side of the images in pixels.
         device: where to.
-        budget_s: seconds of steps.
+        budget_s: seconds of steps, half of them training.
 
     Returns:
         CSV columns; empty times and a note where not even one image fits.
@@ -83,112 +99,75 @@ def measure_model(name: str, size: int, device: torch.device, budget_s: float) -
     batch = max(1, BATCH_224[device.type] * 224**2 // size**2)
     while batch:
         try:
-            return {**head, **_trained(name, size, batch, device, budget_s), "note": ""}
+            return {**head, **_measured(name, size, batch, device, budget_s / 2), "note": ""}
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             batch //= 2
     return {**head, **dict.fromkeys(_COLUMNS, ""), "note": "out of memory"}
 
 
-def _trained(name: str, size: int, batch: int, device: torch.device, budget_s: float) -> Row:
+def _measured(name: str, size: int, batch: int, device: torch.device, budget_s: float) -> Row:
     torch.manual_seed(0)
     model = build(name, size).to(device).train()
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(1000, (batch,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-    def step() -> None:
+    def forward() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
+            logits: torch.Tensor = model(images)
+            return logits
+
+    def train() -> None:
+        nn.functional.cross_entropy(forward(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # the optimizer's state is there before memory is weighed
-    peak = peak_mib(step, device)
-    held = sum(x.numel() * x.element_size() for x in model.parameters()) * 3 / MIB  # weights and AdamW's two moments
-    seconds = measure(step, device, budget_s=budget_s)
+    def infer() -> None:
+        with torch.inference_mode():
+            forward()
+
+    weights = sum(x.numel() * x.element_size() for x in model.parameters()) / MIB
+    row = {
+        "batch": str(batch),
+        "params_m": f"{count_parameters(model) / 1e6:.2f}",
+        "gmacs": f"{count_gmacs(model, size):.2f}",
+    }
+    train()  # the optimizer's state is there before memory is weighed
+    row |= _timed("", train, batch, 3 * weights, device, budget_s)  # weights and AdamW's two moments
+    model.eval()
+    return row | _timed("inference_", infer, batch, weights, device, budget_s)
+
+
+def _timed(
+    prefix: str, run: Callable[[], None], batch: int, held_mib: float, device: torch.device, budget_s: float
+) -> Row:
+    """Rate, peak memory and quantiles of one kind of step; `held_mib` is there before and after it."""
+    peak = peak_mib(run, device)
+    seconds = measure(run, device, budget_s=budget_s)
     quantiles = quantiles_ms(seconds)
-    values = (
-        batch,
-        f"{count_parameters(model) / 1e6:.2f}",
-        f"{count_gmacs(model, size):.2f}",
-        f"{batch / float(quantiles['p50_ms']) * 1e3:.2f}",
-        f"{peak + held:.0f}",
-        len(seconds),
-    )
-    return {**{column: str(value) for column, value in zip(_COLUMNS, values, strict=False)}, **quantiles}
+    found = {
+        "images_per_s": f"{batch / float(quantiles['p50_ms']) * 1e3:.2f}",
+        "peak_mib": f"{peak + held_mib:.0f}",
+        "repeats": str(len(seconds)),
+        **quantiles,
+    }
+    return {f"{prefix}{column}": value for column, value in found.items()}
 
 
 def build(name: str, size: int) -> nn.Module:
     """A model for images of one size: those with position tables or windows are told it.
 
     Args:
-        name: of a timm model.
+        name: of a timm model; after a colon the attention of one of ours.
         size: side of the images in pixels.
     """
+    name, _, attention = name.partition(":")
+    if attention:
+        return timm.create_model(name, attention=HYBRID if attention == "hybrid" else attention)
     if name.startswith(("swin", "deit", "vit")):
         return timm.create_model(name, img_size=size)
     return timm.create_model(name)
-
-
-def measure_layers(device: torch.device, budget_s: float, console: Console) -> list[Row]:
-    """Time forward and backward of one layer of each stage, mirror beside softmax, over the number of tokens.
-
-    Args:
-        device: where to.
-        budget_s: seconds for each point.
-        console: of the progress bar.
-
-    Returns:
-        CSV rows.
-    """
-    spec = VARIANTS["mirrorla_tiny"]
-    stages = list(enumerate(zip(spec.dims, spec.heads, strict=True)))
-    rows = []
-    for (stage, (C, H)), N in track(list(itertools.product(stages, TOKENS[device.type])), "layers", console=console):
-        times = {kind: _layer_ms(C, H, N, kind, device, budget_s) for kind in ("mirror", "softmax")}
-        shape = {"stage": stage + 1, "B": LAYER_BATCH[device.type], "C": C, "H": H, "N": N}
-        rows.append({**{key: str(value) for key, value in shape.items()}, **times})
-    return rows
-
-
-def _layer_ms(C: int, H: int, N: int, kind: str, device: torch.device, budget_s: float) -> str:
-    torch.manual_seed(0)
-    layer = MirrorAttention(C, H, kind="mirror" if kind == "mirror" else "softmax").to(device)
-    x = torch.randn(LAYER_BATCH[device.type], N, C, device=device, requires_grad=True)
-    leaves = [x, *layer.parameters()]
-
-    def run() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            out = layer(x, squarest_grid(N))
-        torch.autograd.grad(out.float().sum(), leaves)
-
-    return quantiles_ms(measure(run, device, budget_s=budget_s))["p50_ms"]
-
-
-def crossings(rows: Rows) -> list[str]:
-    """Where mirror attention becomes faster than softmax, one line a stage.
-
-    Args:
-        rows: of `measure_layers`.
-    """
-    lines = []
-    for stage, group in itertools.groupby(rows, key=lambda row: (row["stage"], row["C"], row["H"])):
-        points = [(int(row["N"]), math.log(float(row["mirror"]) / float(row["softmax"]))) for row in group]
-        lines.append(f"stage {stage[0]} (C {stage[1]}, {stage[2]} heads): {_crossing(points)}")
-    return lines
-
-
-def _crossing(points: Sequence[tuple[int, float]]) -> str:
-    """The N at which the logarithm of a ratio of times falls below 0, on a straight line in log N."""
-    if points[0][1] < 0:
-        return f"linear attention is faster from N <= {points[0][0]} on"
-    for (n, above), (m, below) in itertools.pairwise(points):
-        if below < 0 <= above:
-            crossing = math.exp(math.log(n) + above / (above - below) * math.log(m / n))
-            return f"linear attention is faster from N of about {crossing:.0f} on"
-    return f"softmax is faster up to N = {points[-1][0]}"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -197,12 +176,18 @@ def table(rows: Sequence[Row]) -> str:
     Args:
         rows: of `measure_model`.
     """
-    lines = [f"{'model':30} {'size':>5} {'batch':>5} {'params M':>9} {'GMACs':>8} {'images/s':>9} {'peak MiB':>9}"]
-    lines += [
-        f"{row['model']:30} {row['size']:>5} {row['batch']:>5} {row['params_m']:>9} {row['gmacs']:>8} "
-        f"{row['images_per_s']:>9} {row['peak_mib']:>9} {row['note']}".rstrip()
-        for row in rows
+    heads = ("model", "size", "batch", "params M", "GMACs", "train img/s", "MiB", "infer img/s", "MiB", "")
+    columns = [
+        "model",
+        "size",
+        "batch",
+        "params_m",
+        "gmacs",
+        *(column for kind in STEPS for column in kind[1:]),
+        "note",
     ]
+    cells = [heads, *([row[column] for column in columns] for row in rows)]
+    lines = [f"{first:30} {' '.join(f'{cell:>11}' for cell in rest)}".rstrip() for first, *rest in cells]
     return "\n".join(lines)
 
 
@@ -219,16 +204,18 @@ def plot(rows: Rows, overtaking: Rows, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
+    figure, (*bars, right) = plt.subplots(1, 3, figsize=(18, 5), constrained_layout=True)
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    for place, name in enumerate(names := list(dict.fromkeys(row["model"] for row in rows))):
-        found = {
-            row["size"]: float(row["images_per_s"]) for row in rows if row["model"] == name and row["images_per_s"]
-        }
-        positions = [sizes.index(size) + 0.8 * (place / len(names) - 0.5) for size in found]
-        left.bar(positions, list(found.values()), 0.8 / len(names), label=name)
-    left.set(yscale="log", ylabel="training images/s", xticks=range(len(sizes)), xticklabels=[f"{s}²" for s in sizes])
-    left.legend(fontsize="small")
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    for axes, (kind, rate, _) in zip(bars, STEPS, strict=True):
+        for place, name in enumerate(names):
+            found = {row["size"]: float(row[rate]) for row in rows if row["model"] == name and row[rate]}
+            positions = [sizes.index(size) + 0.8 * (place / len(names) - 0.5) for size in found]
+            axes.bar(positions, list(found.values()), 0.8 / len(names), label=name)
+        axes.set(
+            yscale="log", ylabel=f"{kind} images/s", xticks=range(len(sizes)), xticklabels=[f"{s}²" for s in sizes]
+        )
+    bars[0].legend(fontsize="small")
     for colour, (stage, group) in enumerate(itertools.groupby(overtaking, key=lambda row: row["stage"])):
         points = list(group)
         n = [int(row["N"]) for row in points]
@@ -250,19 +237,21 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu, small images alone")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     made.add_argument(
-        "--models", default=",".join((*OURS, *PEERS)), help="timm names, by commas (default: %(default)s)"
+        "--models",
+        type=model_names,
+        default=",".join((*OURS, *PEERS)),
+        help="timm names, by commas, ours with :ATTENTION if not mirror (default: %(default)s)",
     )
-    made.add_argument(
-        "--sizes", type=numbers, help=f"sides of the images (default: {SIZES['cuda']}; cpu: {SIZES['cpu']})"
-    )
+    made.add_argument("--sizes", type=numbers, default=SIZES, help="sides of the images (default: %(default)s)")
     made.add_argument("--budget_s", type=float, default=8.0, help="seconds of steps for each model (default: 8)")
     made.add_argument("--out", type=Path, help="CSV file (default: in benchmarks/results/), the plot beside it")
     return made
 
 
-_COLUMNS = ("batch", "params_m", "gmacs", "images_per_s", "peak_mib", "repeats", "p20_ms", "p50_ms", "p80_ms")
+_STEP = ("images_per_s", "peak_mib", "repeats", "p20_ms", "p50_ms", "p80_ms")
+_COLUMNS = ("batch", "params_m", "gmacs", *_STEP, *(f"inference_{column}" for column in _STEP))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import attention_shapes, attention_tokens, backbone, loader, maps
+from benchmarks import attention_shapes, attention_tokens, backbone, loader, maps, overtaking
 from benchmarks.common import RESULTS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -140,7 +140,7 @@ def kernels_table(rows: Rows) -> list[str]:
 
 
 def backbone_table(rows: Rows) -> list[str]:
-    """Training throughput of whole backbones beside timm's.
+    """Throughput of whole backbones beside timm's, size by size; parameters and GMACs at the first size.
 
     Args:
         rows: of backbone_cpu.csv.
@@ -148,9 +148,14 @@ def backbone_table(rows: Rows) -> list[str]:
     Returns:
         Markdown lines.
     """
-    lines = ["| model | parameters M | GMACs | training images/s | peak MiB |", "|---|---:|---:|---:|---:|"]
-    columns = ("model", "params_m", "gmacs", "images_per_s", "peak_mib")
-    lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    heads = [f"{kind} images/s at {', '.join(f'{size}²' for size in sizes)}" for kind, *_ in backbone.STEPS]
+    lines = [f"| model | parameters M | GMACs | {' | '.join(heads)} | training peak MiB |", "|---" + "|---:" * 5 + "|"]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        found = [row for row in rows if row["model"] == name]
+        columns = [rate for _, rate, _ in backbone.STEPS] + ["peak_mib"]
+        cells = [" / ".join(row[column] or "–" for row in found) for column in columns]
+        lines.append(f"| {name} | {found[0]['params_m']} | {found[0]['gmacs']} | {' | '.join(cells)} |")
     return [*lines, "", _source("backbone_cpu", rows[0])]
 
 
@@ -163,7 +168,7 @@ def overtaking_table(rows: Rows) -> list[str]:
     Returns:
         Markdown lines.
     """
-    return [*(f"* {line}" for line in backbone.crossings(rows)), "", _source("backbone_cpu_overtaking", rows[0])]
+    return [*(f"* {line}" for line in overtaking.crossings(rows)), "", _source("backbone_cpu_overtaking", rows[0])]
 
 
 def evaluation_table(rows: Rows) -> list[str]:

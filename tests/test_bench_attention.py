@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention_shapes, attention_tokens, backbone, correctness, rivals, timing
+from benchmarks import attention_shapes, attention_tokens, backbone, correctness, overtaking, rivals, timing
 from lightning_modules import bench_cli, cli
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_a_layer_over_tokens_is_measured(tmp_path, capsys, monkeypatch):
 
 
 def test_backbones_are_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(backbone.TOKENS, "cpu", (16, 64))
+    monkeypatch.setitem(overtaking.TOKENS, "cpu", (16, 64))
     out = tmp_path / "backbone.csv"
     options = ["--models", "mirrorla_pico,resnet10t", "--sizes", "32,64", "--budget_s", "0.01", "--out", str(out)]
     assert cli.main(["bench", "backbone", *options]) == 0
@@ -157,6 +157,9 @@ def test_backbones_are_measured(tmp_path, capsys, monkeypatch):
     )
     for row in rows:
         assert float(row["images_per_s"]) == pytest.approx(int(row["batch"]) / float(row["p50_ms"]) * 1e3, rel=1e-2)
+        rate = int(row["batch"]) / float(row["inference_p50_ms"]) * 1e3
+        assert float(row["inference_images_per_s"]) == pytest.approx(rate, rel=1e-2)
+        assert float(row["params_m"]) * 4 / 1.05 < float(row["inference_peak_mib"]) < float(row["peak_mib"])
         assert float(row["peak_mib"]) > float(row["params_m"]) * 12  # weights and two moments alone, in fp32
     layers = read(tmp_path / "backbone_overtaking.csv")
     assert [(row["stage"], row["N"]) for row in layers] == list(itertools.product("1234", ("16", "64")))
@@ -176,7 +179,12 @@ def test_the_crossing_is_interpolated_in_log_n(ratios, told):
         {"stage": "1", "C": "64", "H": "1", "N": str(n), "mirror": str(ratio), "softmax": "1.0"}
         for n, ratio in zip((64, 256), ratios, strict=True)
     ]
-    assert backbone.crossings(rows) == [f"stage 1 (C 64, 1 heads): {told}"]
+    assert overtaking.crossings(rows) == [f"stage 1 (C 64, 1 heads): {told}"]
+
+
+def test_the_attention_of_our_models_stands_after_a_colon():
+    assert backbone.build("mirrorla_pico:hybrid", 64).attention_kinds == ("mirror", "mirror", "softmax", "softmax")
+    assert backbone.build("mirrorla_pico:relu", 64).attention_kinds == ("relu",) * 4
 
 
 def test_models_for_one_size_are_told_it():
@@ -199,6 +207,9 @@ def test_models_for_one_size_are_told_it():
         (["backbone", "--device", "cuda"], "--device cuda: torch sees no CUDA device; choose --device cpu"),
         (["attention", "--only", "S1,S9"], "--only 'S9' is no case on cpu: choose from S1, S3, HR, PVT1, Sana"),
         (["attention", "--tokens", "4,x"], "argument --tokens: '4,x' must be whole numbers >= 1 by commas, such as"),
+        (["backbone", "--models", "swin_tinny"], "'swin_tinny' is no model of timm or of ours; see mirrorla models"),
+        (["backbone", "--models", "mirrorla_tiny:zzz"], "'mirrorla_tiny:zzz': ours alone take an attention: mirror, "),
+        (["backbone", "--models", "resnet18:relu"], "'resnet18:relu': ours alone take an attention: mirror, "),
         (["backbone", "--sizes", "0"], "argument --sizes: '0' must be whole numbers >= 1 by commas"),
         (["loader", "--images", "few"], "argument --images: invalid int value: 'few'"),
     ],
