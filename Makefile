@@ -2,8 +2,8 @@
 #               TASK=detection or TASK=segmentation then goes on to scenes of them, from its backbone
 # make rehearse a SLURM job's whole life on this machine: submit, preempt, queue again, resume, finish
 # make test     lint, types and the default tests
-# make bench    the benchmarks that run on a CPU
 # make results  README's tables and figures anew from benchmarks/results
+# make results-run    the benchmarks again on this CPU, and then make results
 # make fashion-mnist  fetch and pack Fashion-MNIST into data/, from Debian's archive
 # make lint     lint and types alone
 # make format   let ruff mend what it can
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 SLURM := slurmctld slurmd slurm-client munge
 INSTALL_SLURM := apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(SLURM)
 
-.PHONY: train rehearse slurm test test-slow lint format results bench fashion-mnist help
+.PHONY: train rehearse slurm test test-slow lint format results results-run fashion-mnist help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -67,10 +67,14 @@ test-slow: lint slurm
 results: $(STAMP)
 	@$(BIN)/python -m benchmarks.tables
 
-bench: $(STAMP)
+results-run: $(STAMP)
 	@$(BIN)/mirrorla bench attention
 	@$(BIN)/mirrorla bench attention --over tokens
+	@$(BIN)/mirrorla bench backbone
 	@$(BIN)/mirrorla bench loader
+	@$(BIN)/mirrorla bench checkpoint
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.maps counting
+	@$(BIN)/python -m benchmarks.tables
 
 fashion-mnist: $(STAMP)
 	@$(BIN)/python -m benchmarks.fashion_mnist
