@@ -71,6 +71,7 @@ results-run: $(STAMP)
 	@$(BIN)/mirrorla bench attention
 	@$(BIN)/mirrorla bench attention --over tokens
 	@$(BIN)/mirrorla bench backbone
+	@$(BIN)/python -m benchmarks.backbone_profile
 	@$(BIN)/mirrorla bench loader
 	@$(BIN)/mirrorla bench checkpoint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.maps counting

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import attention_shapes, attention_tokens, backbone, loader, maps, overtaking
+from benchmarks import attention_shapes, attention_tokens, backbone, backbone_profile, loader, maps, overtaking
 from benchmarks.common import RESULTS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -196,6 +196,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "attention_kernels_cpu": kernels_table,
     "backbone_cpu": backbone_table,
     "backbone_cpu_overtaking": overtaking_table,
+    "backbone_cpu_profile": lambda rows: [*backbone_profile.table(rows), "", _source("backbone_cpu_profile", rows[0])],
     "checkpoint": checkpoint_table,
     "evaluation": evaluation_table,
     "loader": loader_table,

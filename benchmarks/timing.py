@@ -102,7 +102,7 @@ def peak_mib(run: Call, device: torch.device) -> float:
         run()
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
-    with _unheard(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+    with unheard(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -111,7 +111,7 @@ def peak_mib(run: Call, device: torch.device) -> float:
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
+def unheard() -> Iterator[None]:
     """The profiler's library writes to stderr behind Python's back."""
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:

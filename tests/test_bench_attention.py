@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention_shapes, attention_tokens, backbone, correctness, overtaking, rivals, timing
+from benchmarks import (
+    attention_shapes,
+    attention_tokens,
+    backbone,
+    backbone_profile,
+    correctness,
+    overtaking,
+    rivals,
+    timing,
+)
 from lightning_modules import bench_cli, cli
 
 CPU = torch.device("cpu")
@@ -180,6 +190,18 @@ def test_the_crossing_is_interpolated_in_log_n(ratios, told):
         for n, ratio in zip((64, 256), ratios, strict=True)
     ]
     assert overtaking.crossings(rows) == [f"stage 1 (C 64, 1 heads): {told}"]
+
+
+def test_a_profile_puts_every_kind_of_operator_into_its_column(tmp_path, capsys):
+    out = tmp_path / "profile.csv"
+    assert backbone_profile.main(["--models", "mirrorla_pico", "--out", str(out)]) == 0
+    (row,) = read(out)
+    assert all(float(row[kind]) > 0 for kind in (*backbone_profile.KINDS, backbone_profile.REST, "AdamW"))
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert sum(int(cell) for cell in re.findall(r"(\d+)%", printed)) == pytest.approx(100, abs=3)
+    assert backbone_profile.kind_of("aten::addmm", ["aten::linear"]) == "matrix products"
+    assert backbone_profile.kind_of("aten::mul", ["Optimizer.step#AdamW.step"]) == "AdamW"
+    assert backbone_profile.kind_of("aten::mul", ["MulBackward0"]) == backbone_profile.REST
 
 
 def test_the_attention_of_our_models_stands_after_a_colon():
