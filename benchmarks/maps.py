@@ -64,6 +64,7 @@ _PARTS = {
     "power 3": "{power: 3.0}",
     "power 4": "{power: 4.0}",
 }
+_PARTS_OVER = f"model.backbone.mirror={','.join(_PARTS.values())}"
 
 TASKS = {
     "counting": Task("digits/counting"),
@@ -76,9 +77,8 @@ TASKS = {
         seeds="0,1,2",
         options=("--data.path", "data/fashion-mnist-10k", "--trainer.max_epochs", "2"),
     ),
-    "parts of mirror, counting": Task(
-        "digits/counting", over=f"model.backbone.mirror={','.join(_PARTS.values())}", labels=tuple(_PARTS)
-    ),
+    "parts of mirror, counting": Task("digits/counting", over=_PARTS_OVER, labels=tuple(_PARTS)),
+    "parts of mirror, digits": Task("digits/classification", over=_PARTS_OVER, seeds="0,1,2", labels=tuple(_PARTS)),
 }
 """By the name in results/maps.csv."""
 

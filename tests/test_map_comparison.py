@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 
-from benchmarks import maps
+from benchmarks import diagnostics_tokens, maps
 from benchmarks.fashion_mnist import subset
 from datamodules.sources_idx import idx
+from mirrorla.diagnostics import mirror_metrics
 
 
 def rows(scores: dict[str, list[float]], task: str = "counting") -> list[dict[str, str]]:
@@ -76,3 +79,35 @@ def test_a_subset_keeps_the_first_training_images_and_the_whole_test_set(tmp_pat
     part = subset(whole, 7)
     assert [sample.key for sample in part.splits["train"]] == [sample.key for sample in whole.splits["train"]][:7]
     assert len(part.splits["val"]) == 5
+
+
+@pytest.fixture(scope="module")
+def pico():
+    torch.manual_seed(0)
+    return timm.create_model("mirrorla_pico", num_classes=10).eval()
+
+
+def test_diagnostics_see_the_wanted_number_of_tokens(pico):
+    seen = []
+    hook = pico.stages[0][0].attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    images = torch.rand(2, 3, 32, 32)
+    found = {n: diagnostics_tokens.measured(pico, images, n, pico.spec.depths[0]) for n in (64, 196)}
+    hook.remove()
+    assert seen == [64, 196]
+    by_hand = mirror_metrics(pico, images)
+    assert float(found[64]["entropy"]) == pytest.approx(by_hand["attn/entropy/layer_0"], rel=1e-4)
+    kept = (by_hand["mirror/retained_energy/q/layer_0"] + by_hand["mirror/retained_energy/k/layer_0"]) / 2
+    assert float(found[64]["retained_energy"]) == pytest.approx(kept, rel=1e-4)
+
+
+def test_a_map_without_the_metric_has_a_dash_in_the_table():
+    row = {"setting": "elu", "retained_energy": "", "entropy": "0.5", "effective_rank": "3", "denominator_min": "0.125"}
+    lines = diagnostics_tokens.table([{**row, "N": "64"}, {**row, "N": "16384", "entropy": "0.75"}])
+    assert lines[-1] == "| elu | – / – | 0.5 / 0.75 | 3 / 3 | 0.125 / 0.125 |"
+
+
+def test_diagnostics_without_their_runs_say_how_to_make_them(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        diagnostics_tokens.main(["--runs", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "has no results.csv; run first: python -m benchmarks.maps 'digits'" in capsys.readouterr().err
