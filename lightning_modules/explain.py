@@ -24,6 +24,7 @@ class LayerView:
         number: of the layer, from 0, in the order they run.
         stride: height and width of a token in pixels; the last ones may reach beyond the image.
         weights: attention of each query, mean over heads (n, h, w).
+        has_mirrors: whether the rest says something.
         energy: share of the energy that ReLU keeps of queries and keys, per head (H,).
         energy_before: the same without the block mirrors (H,).
         angles: of the block mirrors for this image, degrees (H, J); None without block mirrors.
@@ -32,16 +33,17 @@ class LayerView:
     number: int
     stride: tuple[float, float]
     weights: NDArray[np.float32]
+    has_mirrors: bool
     energy: NDArray[np.float32]
     energy_before: NDArray[np.float32]
     angles: NDArray[np.float32] | None
 
 
 def look(network: nn.Module, image: Tensor, places: Sequence[tuple[float, float]]) -> list[LayerView]:
-    """Run one image through a network and look into its mirror layers.
+    """Run one image through a network and look into its attention layers.
 
     Args:
-        network: with MirrorAttention layers; others are passed over.
+        network: with MirrorAttention layers of any kind; others are passed over.
         image: (3, H, W), normalised.
         places: of the queries, as shares (y, x) of the image's height and width, each in [0, 1].
 
@@ -49,8 +51,8 @@ def look(network: nn.Module, image: Tensor, places: Sequence[tuple[float, float]
         Layers with a grid of tokens, in the order they run.
     """
     views = []
-    for number, (layer, probe) in enumerate(probe_layers(network, image[None])):
-        if probe.grid is None or layer.mirrors is None:
+    for number, (layer, probe) in enumerate(probe_layers(network, image[None], softmax=True)):
+        if probe.grid is None:
             continue
         height, width = probe.grid
         first = probe.v.shape[1] - height * width  # tokens before the grid, such as a class token
@@ -61,12 +63,13 @@ def look(network: nn.Module, image: Tensor, places: Sequence[tuple[float, float]
             for y, x in places
         ]
         queries = torch.tensor(cells, device=image.device) + first
-        weights = attention_weights(probe, queries, layer.mirrors.config.power)[0, :, :, first:].mean(0)
+        weights = attention_weights(layer, probe, queries)[0, :, :, first:].mean(0)
         views.append(
             LayerView(
                 number,
                 stride,
                 weights.unflatten(-1, probe.grid).cpu().numpy(),
+                layer.mirrors is not None,
                 _kept(probe.mirrored),
                 _kept(probe.crossed),
                 None if probe.angle is None else np.degrees(probe.angle[0].cpu().numpy()),
@@ -137,7 +140,7 @@ def mirrors_figure(fresh: list[LayerView], trained: list[LayerView]) -> Figure:
 
     Args:
         fresh: of the same network with its first weights.
-        trained: of the trained one, the same layers.
+        trained: of the trained one, the same layers, all with mirrors.
     """
     figure = Figure(
         figsize=(max(6.0, 0.55 * sum(len(view.energy) for view in trained)), 5), dpi=100, layout="constrained"

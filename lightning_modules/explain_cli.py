@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger("mirrorla")
 PLACES = ((0.3, 0.3), (0.3, 0.7), (0.7, 0.3), (0.7, 0.7))
 _DESCRIPTION = """\
-Draw what a trained network's mirror attention does with an image, two pictures for each:
+Draw what a trained network's attention does with an image, two pictures for each:
 
   <image>.attention.png   where chosen query tokens look, in the last layer of every stage
-  <image>.mirrors.png     for every head of every layer, the energy that ReLU keeps and the angles of the mirrors for
-                          this image: trained, and as the same seed starts"""
+  <image>.mirrors.png     for every head of every mirror layer, the energy that ReLU keeps and the angles for this
+                          image: trained, and as the same seed starts"""
 _EPILOG = """\
 examples:
   mirrorla explain runs/digits-classification digit.png
@@ -42,7 +42,7 @@ def run(verb: str, argv: Sequence[str]) -> int:
         0.
 
     Raises:
-        UsageError: options that cannot be carried out, an image that cannot be read, a network without mirrors.
+        UsageError: options that cannot be carried out, an image that cannot be read, a network without such attention.
         ValueError: the checkpoint is damaged.
     """
     options = _parser(verb).parse_args(argv)
@@ -69,13 +69,13 @@ def _explain(checkpoint: Path, pictures: dict[Path, "Image"], places: list[tuple
         image = _seen(picture, source.transform)
         views = look(trained, image, places)
         if not views:
-            raise UsageError(f"{checkpoint} has no mirror layer over a grid of tokens: nothing to explain")
+            raise UsageError(f"{checkpoint} has no attention over a grid of tokens: nothing to explain")
         shown = denormalise(image, source.transform.mean, source.transform.std)
         pixels = (shown.permute(1, 2, 0) * 255).byte().numpy()
-        figures = {
-            "attention": attention_figure(pixels, places, views),
-            "mirrors": mirrors_figure(look(fresh, image, places), views),
-        }
+        figures = {"attention": attention_figure(pixels, places, views)}
+        mirrors = [[view for view in found if view.has_mirrors] for found in (look(fresh, image, places), views)]
+        if mirrors[1]:
+            figures["mirrors"] = mirrors_figure(*mirrors)
         for name, figure in figures.items():
             file = folder / f"{path.stem}.{name}.png"
             figure.savefig(file)

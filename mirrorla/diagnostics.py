@@ -49,12 +49,15 @@ class LayerProbe:
     grid: tuple[int, int] | None
 
 
-def probe_layers(model: nn.Module, images: Tensor) -> list[tuple[MirrorAttention, LayerProbe]]:
-    """Run the images once and look into every linear attention layer.
+def probe_layers(
+    model: nn.Module, images: Tensor, *, softmax: bool = False
+) -> list[tuple[MirrorAttention, LayerProbe]]:
+    """Run the images once and look into every linear attention layer, or into every one.
 
     Args:
         model: a model with MirrorAttention layers; its mode and buffers stay as they are.
         images: (B, 3, H, W).
+        softmax: look into softmax layers too.
 
     Returns:
         Layers in the order they ran, each with its probe.
@@ -66,7 +69,7 @@ def probe_layers(model: nn.Module, images: Tensor) -> list[tuple[MirrorAttention
         grid = inputs[1] if len(inputs) > 1 else options.get("grid")
         probes.append((module, _probe(module, inputs[0].float(), grid, options.get("prefix", 0))))
 
-    layers = [m for m in model.modules() if isinstance(m, MirrorAttention) and _is_linear(m)]
+    layers = [m for m in model.modules() if isinstance(m, MirrorAttention) and (softmax or _is_linear(m))]
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     try:
         with _frozen(model), torch.no_grad(), torch.autocast(images.device.type, enabled=False):

@@ -11,9 +11,12 @@ from lightning_modules import cli, explain
 from mirrorla.attention import MirrorAttention
 from mirrorla.attention_maps import attention_weights
 from mirrorla.diagnostics import probe_layers
+from mirrorla.feature_maps import PEERS
 from mirrorla.kernels.op import mirror_linear_attention
 from mirrorla.mirror_parameters import MirrorConfig
 from tests.export_runs import config_of, save_run
+
+SOFTMAX = "attention: [softmax, softmax, softmax, softmax]"
 
 
 class Layer(torch.nn.Module):
@@ -37,13 +40,30 @@ def test_weights_times_values_are_what_the_layer_attends_to(power, modulation):
     ((attention, probe),) = probe_layers(layer, images)
     assert probe.grid == (3, 5)
     queries = torch.tensor([0, 7, 14])
-    weights = attention_weights(probe, queries, power)
+    weights = attention_weights(attention, probe, queries)
     found = torch.einsum("bhnm,bmhd->bnhd", weights, probe.v)
     q, k, v, _ = attention.project(images.flatten(2).mT)
     tables = attention.mirrors.token_tables(q, k, None, None)
     rope = attention.rope((3, 5), images.device)
     whole = mirror_linear_attention(q, k, v, mirror=tables, q_rope=rope, k_rope=rope, power=power)
     torch.testing.assert_close(found, whole[:, queries], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_weights_of_peers_are_theirs_too(kind):
+    torch.manual_seed(0)
+    layer = Layer(kind=kind)
+    images = torch.randn(2, 16, 3, 5)
+    ((attention, probe),) = probe_layers(layer, images, softmax=True)
+    queries = torch.tensor([0, 7, 14])
+    weights = attention_weights(attention, probe, queries)
+    q, k, v, _ = attention.project(images.flatten(2).mT)
+    rope = attention.rope((3, 5), images.device)
+    alike = v[..., :4].repeat(1, 1, 1, 2)  # both streams of polar see the same values
+    whole = attention.map(q, k, alike, rope, rope, None)[:, queries]
+    halves = whole[..., :4], whole[..., 4:]
+    found = torch.einsum("bhnm,bmhd->bnhd", weights, v[..., :4])
+    torch.testing.assert_close(found, (halves[0] + halves[1]) / 2, rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(1, 2000), st.integers(0, 6))
@@ -84,6 +104,13 @@ def test_a_run_of_every_task_is_drawn(task, picture, tmp_path, capsys):
             assert np.asarray(drawn.convert("L")).std() > 10
 
 
+def test_softmax_has_attention_to_draw_and_no_mirrors(picture, tmp_path):
+    config = config_of("classification").replace("name: mirrorla_pico", f"name: mirrorla_pico\n      {SOFTMAX}")
+    run = save_run(tmp_path / "softmax", config)
+    assert cli.main(["explain", str(run), str(picture)]) == 0
+    assert [file.name for file in (run / "explain").iterdir()] == ["noise.attention.png"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -92,16 +119,11 @@ def test_a_run_of_every_task_is_drawn(task, picture, tmp_path, capsys):
         (["{run}", "{picture}", "--query", "1.5,0"], "'1.5,0' must lie in 0 … 1"),
         (["{run}", "{picture}", "--query", "here"], "'here' is no Y,X such as 0.5,0.25"),
         (["best", "{picture}"], "best of which run? give --run_dir RUN"),
-        (["{softmax}", "{picture}"], "has no mirror layer over a grid of tokens: nothing to explain"),
     ],
 )
 def test_what_cannot_be_explained_is_refused_in_one_line(words, message, picture, tmp_path, capsys):
     run = save_run(tmp_path / "run", config_of("classification"))
-    softmax = config_of("classification").replace(
-        "name: mirrorla_pico", "name: mirrorla_pico\n      attention: [softmax, softmax, softmax, softmax]"
-    )
-    other = save_run(tmp_path / "softmax", softmax)
-    filled = [word.format(run=run, softmax=other, picture=picture) for word in words]
+    filled = [word.format(run=run, picture=picture) for word in words]
     assert cli.main(["explain", *filled]) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.strip().splitlines()) == 1
