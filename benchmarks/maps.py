@@ -5,7 +5,7 @@
 
 Every map trains with the configuration's own learning rate, schedule and augmentation, from the same seeds; every run
 is kept and stands in results/maps.csv. A training that was interrupted goes on when the command is given again.
-fashion-10k needs `make fashion-mnist` first. To read the table: `make results`.
+fashion and fashion-10k need `make fashion-mnist` first. To read the table: `make results`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from pathlib import Path
 from benchmarks.common import RESULTS, write_csv
 from lightning_modules.ablate_grid import split_values
 from lightning_modules.paired import paired_difference, summary
+from lightning_modules.tensorboard import SCORES
 
 MAPS = ("mirror", "relu", "elu", "focused", "polar", "norm_aware", "softmax")
 Row = dict[str, str]
 Scores = Mapping[str, Mapping[int, float]]
-"""Top-1 in percent of each setting, seed by seed; the first setting is the reference."""
+"""Score in percent of each setting, seed by seed; the first setting is the reference."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Task:
         seeds: of weights and order.
         options: of the training, beside the configuration.
         labels: of the values in tables; none means the values themselves.
+        pack: of `mirrorla shards pack`, for a smaller dataset than the configuration's own.
     """
 
     config: str
@@ -48,6 +50,7 @@ class Task:
     seeds: str = "0,1,2,3,4"
     options: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    pack: tuple[str, ...] = ()
 
 
 _PARTS = {
@@ -64,6 +67,7 @@ _PARTS = {
     "power 3": "{power: 3.0}",
     "power 4": "{power: 4.0}",
 }
+_SCENES = ("--source", "digits", "--scenes", "1000", "--task")
 _PARTS_OVER = f"model.backbone.mirror={','.join(_PARTS.values())}"
 
 TASKS = {
@@ -77,8 +81,21 @@ TASKS = {
         seeds="0,1,2",
         options=("--data.path", "data/fashion-mnist-10k", "--trainer.max_epochs", "2"),
     ),
+    "fashion": Task("fashion_mnist/classification", over="attention=mirror,relu", seeds="0"),
+    "segmentation": Task(
+        "digits/segmentation",
+        seeds="0,1,2",
+        options=("--data.path", "data/digits-segmentation-1000"),
+        pack=(*_SCENES, "segmentation", "--out", "data/digits-segmentation-1000"),
+    ),
+    "detection": Task(
+        "digits/detection_retinanet",
+        seeds="0,1,2",
+        options=("--data.path", "data/digits-detection-1000"),
+        pack=(*_SCENES, "detection", "--out", "data/digits-detection-1000"),
+    ),
     "parts of mirror, counting": Task("digits/counting", over=_PARTS_OVER, labels=tuple(_PARTS)),
-    "parts of mirror, digits": Task("digits/classification", over=_PARTS_OVER, seeds="0,1,2", labels=tuple(_PARTS)),
+    "parts of mirror, digits": Task("digits/classification", over=_PARTS_OVER, seeds="0", labels=tuple(_PARTS)),
 }
 """By the name in results/maps.csv."""
 
@@ -99,13 +116,15 @@ def rows_of(name: str, root: Path) -> list[Row]:
     labels = dict(zip(split_values(values), TASKS[name].labels, strict=False))
     with (root / "results.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
+    metric = next(name for name in SCORES if name in found[0])
     return [
         {
             "task": name,
             "setting": labels.get(row[key], row[key]),
             "seed": row["seed"],
             "state": row["state"],
-            "top1": row.get("top1", ""),
+            "metric": metric,
+            "score": row[metric],
             **{column: row[column] for column in ("commit", "device", "torch")},
             "threads": os.environ.get("OMP_NUM_THREADS", ""),
             "python": platform.python_version(),
@@ -125,20 +144,22 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
-        if row["top1"]:
+        if row["score"]:
             by_setting = scores.setdefault(row["task"], {})
-            by_setting.setdefault(row["setting"], {})[int(row["seed"])] = 100 * float(row["top1"])
+            by_setting.setdefault(row["setting"], {})[int(row["seed"])] = 100 * float(row["score"])
     tasks = {task: found for task, found in scores.items() if set(found) <= set(MAPS)}
-    counts = {task: max(len(by_seed) for by_seed in found.values()) for task, found in tasks.items()}
+    metrics = {row["task"]: SCORES[row["metric"]] for row in rows}
+    counts = {task: max(map(len, found.values())) for task, found in tasks.items()}
+    seeds = {task: f"{count} seed{'s' * (count > 1)}" for task, count in counts.items()}
     lines = [
-        f"| top-1 % | {' | '.join(f'{task}; {counts[task]} seeds' for task in tasks)} |",
+        f"| % | {' | '.join(f'{task}: {metrics[task]}, {seeds[task]}' for task in tasks)} |",
         "|---" * (len(tasks) + 1) + "|",
     ]
     lines += [f"| {name} | {' | '.join(_cell(found, name) for found in tasks.values())} |" for name in MAPS]
     lines += ["", *(_separates(task, found) for task, found in tasks.items() if {"softmax", "relu"} <= found.keys())]
     for task, found in scores.items():
         if task not in tasks:
-            lines += ["", f"| {task} | seeds | top-1 % | against the first (95 %) |", "|---|---:|---:|---:|"]
+            lines += ["", f"| {task} | seeds | {metrics[task]} % | against the first (95 %) |", "|---|---:|---:|---:|"]
             lines += [
                 f"| {name} | {len(found[name])} | {_cell(found, name)} | {_apart(found, name)} |" for name in found
             ]
@@ -155,13 +176,16 @@ def _cell(scores: Scores, name: str) -> str:
         return "–"
     found = summary(list(scores[name].values()))
     apart = name != _first(scores) and paired_difference(scores[_first(scores)], scores[name]).is_significant
-    return f"{found.mean:.1f} ± {found.std:.1f}{' *' if apart else ''}"
+    deviation = f" ± {found.std:.1f}" if found.count > 1 else ""
+    return f"{found.mean:.1f}{deviation}{' *' if apart else ''}"
 
 
 def _apart(scores: Scores, name: str) -> str:
     if name == _first(scores):
         return ""
     found = paired_difference(scores[_first(scores)], scores[name])
+    if found.count < 2:
+        return f"{found.mean:+.1f}"
     return f"{found.mean:+.1f} ({found.low:+.1f} … {found.high:+.1f})"
 
 
@@ -186,7 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error(f"there is no task {unknown[0]!r}; choose from {', '.join(TASKS)}")
     for name in args.tasks or TASKS:
         task = TASKS[name]
-        command = [sys.executable, "-m", "lightning_modules.cli", "ablate", task.config, "--over", task.over]
+        program = [sys.executable, "-m", "lightning_modules.cli"]
+        if task.pack and not args.collect:
+            subprocess.run([*program, "shards", "pack", *task.pack], check=True)
+        command = [*program, "ablate", task.config, "--over", task.over]
         command += ["--seeds", task.seeds, "--run_dir", str(args.runs / folder(name)), *task.options]
         code = subprocess.run([*command, *(["--collect"] if args.collect else [])], check=False).returncode
         if code:

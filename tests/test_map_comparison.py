@@ -18,7 +18,7 @@ from mirrorla.diagnostics import mirror_metrics
 
 def rows(scores: dict[str, list[float]], task: str = "counting") -> list[dict[str, str]]:
     return [
-        {"task": task, "setting": setting, "seed": str(seed), "top1": f"{score}"}
+        {"task": task, "setting": setting, "seed": str(seed), "metric": "top1", "score": f"{score}"}
         for setting, found in scores.items()
         for seed, score in enumerate(found)
     ]
@@ -33,7 +33,7 @@ def test_a_task_separates_only_beyond_three_standard_errors():
         line.startswith("* recall does not separate")
         for line in maps.table(rows({"relu": [0.9, 0.5], "softmax": [0.8, 0.8]}, "recall"))
     )
-    assert "| top-1 % | counting; 3 seeds | recall; 3 seeds |" in text
+    assert "| % | counting: top-1, 3 seeds | recall: top-1, 3 seeds |" in text
     assert "| mirror | 81.0 ± 1.0 | 81.0 ± 1.0 |" in text
     assert "| softmax | 91.3 ± 1.5 * | 72.0 ± 16.5 |" in text
     assert "| elu | – | – |" in text
@@ -42,6 +42,12 @@ def test_a_task_separates_only_beyond_three_standard_errors():
 def test_a_difference_whose_interval_holds_zero_has_no_star():
     assert "| relu | 80.7 ± 10.1 |" in maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.9, 0.7, 0.82]}))
     assert "| relu | 70.3 ± 10.5 * |" in maps.table(rows({"mirror": [0.8, 0.9, 0.7], "relu": [0.7, 0.81, 0.6]}))
+
+
+def test_a_single_seed_has_neither_deviation_nor_star():
+    text = maps.table(rows({"mirror": [0.93], "relu": [0.91]}, "fashion"))
+    assert text[0] == "| % | fashion: top-1, 1 seed |"
+    assert "| relu | 91.0 |" in text
 
 
 def test_a_task_over_something_else_than_maps_has_a_table_of_its_own():
