@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, provenance, write_csv
-from benchmarks.maps import TASKS, folder, rows_of
+from benchmarks.maps import MAPS, TASKS, folder, rows_of
 from datamodules.sources import digits
 from datamodules.transforms import eval_pipeline
 from lightning_modules.ablate_grid import expand, read_factor, read_seeds, run_dir
@@ -93,11 +93,12 @@ def table(rows: Rows) -> list[str]:
     """
     ends = (str(TOKENS[0]), str(TOKENS[-1]))
     heads = " | ".join(f"{column.replace('_', ' ')} at N = {' / '.join(ends)}" for column in METRICS)
-    lines = [f"| trained with | {heads} |", "|---" + "|---:" * len(METRICS) + "|"]
+    lines = [f"| trained with | seeds | {heads} |", "|---" + "|---:" * (len(METRICS) + 1) + "|"]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         found = [row for row in rows if row["setting"] == setting]
         cells = (" / ".join(_mean(found, column, n) for n in ends) for column in METRICS)
-        lines.append(f"| {setting} | {' | '.join(cells)} |")
+        seeds = len({row["seed"] for row in found})
+        lines.append(f"| {setting} | {seeds} | {' | '.join(cells)} |")
     return lines
 
 
@@ -118,18 +119,22 @@ def plot(rows: Rows, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(20, 5), constrained_layout=True)
-    for axis, column in zip(axes, METRICS, strict=True):
-        for number, setting in enumerate(dict.fromkeys(row["setting"] for row in rows)):
-            found = [row for row in rows if row["setting"] == setting and row[column]]
-            tokens = list(dict.fromkeys(row["N"] for row in found))
-            values = [fmean(float(row[column]) for row in found if row["N"] == n) for n in tokens]
-            style = ("-o", "--s", ":^")[number // 10 % 3]
-            axis.plot([int(n) for n in tokens], values, style, color=f"C{number % 10}", label=setting)
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel="tokens N", title=column.replace("_", " "))
-    axes[-1].set_yscale("log")
-    axes[0].legend(fontsize="x-small")
+    settings = dict.fromkeys(row["setting"] for row in rows)
+    groups = [[name for name in settings if (name in MAPS) is told] for told in (True, False)]
+    figure, lines = plt.subplots(2, len(METRICS), figsize=(18, 8), sharex=True, sharey="col", layout="constrained")
+    for axes, group in zip(lines, groups, strict=True):
+        for axis, column in zip(axes, METRICS, strict=True):
+            for number, setting in enumerate(group):
+                found = [row for row in rows if row["setting"] == setting and row[column]]
+                tokens = list(dict.fromkeys(row["N"] for row in found))
+                values = [fmean(float(row[column]) for row in found if row["N"] == n) for n in tokens]
+                style = "-o" if number < 6 else "--s"
+                axis.plot([int(n) for n in tokens], values, style, color=f"C{number % 10}", label=setting)
+            axis.set_xscale("log", base=2)
+            axis.set_title(column.replace("_", " "))
+        axes[0].set_xlabel("tokens N")
+        axes[-1].set_yscale("log")
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"first stage, trained on 64 tokens, {rows[0]['device']} (commit {rows[0]['commit']})")
     figure.savefig(path, dpi=80)
     plt.close(figure)
@@ -153,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if run["state"] == "finished":
                 head = {"setting": run["setting"], "seed": run["seed"]}
                 checkpoint = read_latest(run_dir(root, [factor], cell) / "checkpoints" / "LATEST")
-                rows += [{**head, **row, **source} for row in run_rows(checkpoint)]
+                values = run_rows(checkpoint)
+                rows += [{**head, **row, **source} for row in values if any(row[column] for column in METRICS)]
     write_csv(args.out, rows)
     plot(rows, args.out.with_suffix(".png"))
     print("\n".join(table(rows)))

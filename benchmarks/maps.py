@@ -140,7 +140,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         rows: of maps.csv.
 
     Returns:
-        Markdown lines: maps down and their tasks across, then one table for each other task.
+        Markdown lines: maps down and their tasks across, then one table for each other task of several seeds.
     """
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
@@ -158,7 +158,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     lines += [f"| {name} | {' | '.join(_cell(found, name) for found in tasks.values())} |" for name in MAPS]
     lines += ["", *(_separates(task, found) for task, found in tasks.items() if {"softmax", "relu"} <= found.keys())]
     for task, found in scores.items():
-        if task not in tasks:
+        if task not in tasks and len(found[_first(found)]) > 1:
             lines += ["", f"| {task} | seeds | {metrics[task]} % | against the first (95 %) |", "|---|---:|---:|---:|"]
             lines += [
                 f"| {name} | {len(found[name])} | {_cell(found, name)} | {_apart(found, name)} |" for name in found

@@ -11,7 +11,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import attention_shapes, attention_tokens, backbone, backbone_profile, loader, maps, overtaking
+from benchmarks import (
+    attention_shapes,
+    attention_tokens,
+    backbone,
+    backbone_profile,
+    diagnostics_tokens,
+    loader,
+    maps,
+    overtaking,
+)
 from benchmarks.common import RESULTS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -198,6 +207,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "backbone_cpu_overtaking": overtaking_table,
     "backbone_cpu_profile": lambda rows: [*backbone_profile.table(rows), "", _source("backbone_cpu_profile", rows[0])],
     "checkpoint": checkpoint_table,
+    "diagnostics_tokens": lambda rows: [*diagnostics_tokens.table(rows), "", _source("diagnostics_tokens", rows[0])],
     "evaluation": evaluation_table,
     "loader": loader_table,
     "loader_scale": scale_table,
@@ -210,6 +220,7 @@ FIGURES: dict[str, Callable[[Rows, Path], None]] = {
     "attention_kernels_cuda": attention_shapes.plot,
     "backbone_cpu": lambda rows, path: backbone.plot(rows, _rows("backbone_cpu_overtaking"), path),
     "backbone_cuda": lambda rows, path: backbone.plot(rows, _rows("backbone_cuda_overtaking"), path),
+    "diagnostics_tokens": diagnostics_tokens.plot,
     "loader": loader.plot,
 }
 

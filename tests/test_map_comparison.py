@@ -107,9 +107,16 @@ def test_diagnostics_see_the_wanted_number_of_tokens(pico):
 
 
 def test_a_map_without_the_metric_has_a_dash_in_the_table():
-    row = {"setting": "elu", "retained_energy": "", "entropy": "0.5", "effective_rank": "3", "denominator_min": "0.125"}
+    row = {
+        "setting": "elu",
+        "seed": "0",
+        "retained_energy": "",
+        "entropy": "0.5",
+        "effective_rank": "3",
+        "denominator_min": "0.125",
+    }
     lines = diagnostics_tokens.table([{**row, "N": "64"}, {**row, "N": "16384", "entropy": "0.75"}])
-    assert lines[-1] == "| elu | – / – | 0.5 / 0.75 | 3 / 3 | 0.125 / 0.125 |"
+    assert lines[-1] == "| elu | 1 | – / – | 0.5 / 0.75 | 3 / 3 | 0.125 / 0.125 |"
 
 
 def test_diagnostics_without_their_runs_say_how_to_make_them(tmp_path, capsys):
