@@ -3,8 +3,8 @@
     python -m benchmarks.maps                         every task, two trainings at a time where there are two cores
     python -m benchmarks.maps counting --collect      only gather what is there
 
-Every map trains with the configuration's own learning rate, schedule and augmentation, from the same seeds; every run
-is kept and stands in results/maps.csv. A training that was interrupted goes on when the command is given again.
+Every map trains with the task's learning rate, schedule and augmentation, from the same seeds; every run is kept and
+stands in results/maps.csv. A training that was interrupted goes on when the command is given again.
 fashion and fashion-10k need `make fashion-mnist` first. To read the table: `make results`.
 """
 
@@ -211,13 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.tasks or TASKS:
         task = TASKS[name]
         program = [sys.executable, "-m", "lightning_modules.cli"]
-        if task.pack and not args.collect:
-            subprocess.run([*program, "shards", "pack", *task.pack], check=True)
-        command = [*program, "ablate", task.config, "--over", task.over]
-        command += ["--seeds", task.seeds, "--run_dir", str(args.runs / folder(name)), *task.options]
-        code = subprocess.run([*command, *(["--collect"] if args.collect else [])], check=False).returncode
-        if code:
-            return code
+        ablate = [*program, "ablate", task.config, "--over", task.over, "--seeds", task.seeds]
+        ablate += ["--run_dir", str(args.runs / folder(name)), *task.options, *(["--collect"] if args.collect else [])]
+        pack = [[*program, "shards", "pack", *task.pack]] if task.pack and not args.collect else []
+        for command in [*pack, ablate]:
+            if code := subprocess.run(command, check=False).returncode:
+                return code
         old = list(csv.DictReader(args.output.open(newline=""))) if args.output.exists() else []
         write_csv(args.output, [row for row in old if row["task"] != name] + rows_of(name, args.runs / folder(name)))
     return 0
