@@ -277,30 +277,3 @@ def test_a_controller_of_1024_nodes_accepts_what_fits_and_refuses_what_does_not(
         assert cli.main([*words, "--slurm.nodes=512", "--slurm.cpus_per_task=13"]) == 2
         assert cli.main([*words, "--slurm.nodes=512", "--slurm.min_nodes=500", "--slurm.cpus_per_task=13"]) == 2
         assert cli.main([*words, "--slurm.nodes=512", "--slurm.partition=nowhere"]) == 2
-
-
-@pytest.mark.slow
-def test_an_ablation_runs_as_arrays_and_is_collected(cluster, tmp_path, capsys):
-    root = tmp_path / "ablation"
-    words = ["ablate", "digits/classification", "--over", "attention=mirror,relu", "--seeds", "0,1"]
-    words += ["--run_dir", str(root), f"--data.path={cluster.data}", "--trainer.max_epochs=1"]
-    slurm_words = ["--slurm", "slurm/debug", "--slurm.gpus_per_node=0", "--slurm.cpus_per_task=1"]
-    slurm_words += [
-        "--slurm.partition=main",
-        "--slurm.time=10:00",
-        "--slurm.signal_lead_s=20",
-        "--slurm.tasks_per_node=1",
-    ]
-    assert cli.main([*words, *slurm_words]) == 0, capsys.readouterr().err
-    runs = sorted(root.glob("attention=*"))
-    assert [run.name for run in runs] == ["attention=mirror", "attention=relu"]
-    for run in runs:
-        job = slurm.job_number(run)
-        for seed in (0, 1):
-            cluster.finish(run / f"seed_{seed}", f"{job}_{seed}")
-    assert cli.main([*words, "--collect"]) == 0
-    rows = (root / "results.csv").read_text().splitlines()
-    assert len(rows) == 5 and all(",finished," in row for row in rows[1:])
-    capsys.readouterr()
-    assert cli.main([*words, *slurm_words]) == 0
-    assert "all 4 runs are finished" in capsys.readouterr().out
