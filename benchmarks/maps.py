@@ -67,6 +67,7 @@ _PARTS = {
     "power 3": "{power: 3.0}",
     "power 4": "{power: 4.0}",
 }
+_SHOWN_AT_32 = ("--data.train_transform.image_size", "32", "--data.eval_transform.image_size", "32")
 _SCENES = ("--source", "digits", "--scenes", "1000", "--task")
 _PARTS_OVER = f"model.backbone.mirror={','.join(_PARTS.values())}"
 
@@ -79,9 +80,12 @@ TASKS = {
     "fashion-10k": Task(
         "fashion_mnist/classification",
         seeds="0,1,2",
-        options=("--data.path", "data/fashion-mnist-10k", "--trainer.max_epochs", "2"),
+        options=("--data.path", "data/fashion-mnist-10k", "--trainer.max_epochs", "2", *_SHOWN_AT_32),
     ),
     "fashion": Task("fashion_mnist/classification", over="attention=mirror,relu", seeds="0"),
+    "fashion, at 32": Task(
+        "fashion_mnist/classification", over="attention=mirror,relu", seeds="0", options=_SHOWN_AT_32
+    ),
     "segmentation": Task(
         "digits/segmentation",
         seeds="0,1,2",
