@@ -166,9 +166,9 @@ class MirrorAttention(nn.Module):
         u, cos, sin = self.mirrors.static_tables()
         C = self.dim
 
-        def reflect(rows: Tensor) -> Tensor:
-            q, k, rest = rows.tensor_split((C, 2 * C))
-            return torch.cat((reflect_rows(q, u, cos, sin), reflect_rows(k, u, cos, sin), rest))
+        def reflect(rows: Tensor) -> Tensor:  # (4C, C_in) or (3C, C_in)
+            qk, rest = rows.split((2 * C, len(rows) - 2 * C))
+            return torch.cat((reflect_rows(qk.unflatten(0, (2, C)), u, cos, sin).flatten(0, 1), rest))
 
         return reflect(weight), None if bias is None else reflect(bias.unsqueeze(1)).squeeze(1)
 

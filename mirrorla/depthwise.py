@@ -1,20 +1,21 @@
-"""Depthwise convolution of a token grid whose backward stays linear in its size on CPUs.
+"""Depthwise convolution of a token grid whose kernel's gradient is as fast as torch's fast one on CPUs.
 
 Shapes: B images, h x w tokens, C channels, k the odd side of the kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Values from which torch's gradient of a depthwise kernel leaves the cache on CPUs: seven times the time for four
-# times the tokens at 65 536 tokens of 64 channels, one thread. Below, torch's own is left alone.
-LARGE = 2**20
-STRIP = 2**18
+# torch has a fast gradient of 3x3 depthwise kernels on CPUs; that of larger ones takes 10 to 30 times as long and, in
+# one pass, leaves the cache from some 2^20 values on.
+FAST_SIDE = 3
+STRIP = 2**20
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,14 +29,14 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (B, h, w, C).
     """
-    if x.numel() >= LARGE and _runs_as_it_stands(x):
-        out: Tensor = _LargeDepthwise.apply(x, weight, bias)
+    if weight.shape[-1] > FAST_SIDE and _runs_as_it_stands(x):
+        out: Tensor = _WideDepthwise.apply(x, weight, bias)
         return out
     return _convolve(x, weight, bias)
 
 
-class _LargeDepthwise(torch.autograd.Function):
-    """The input's gradient is a convolution again, the kernel's k^2 products each, in strips that fit into cache."""
+class _WideDepthwise(torch.autograd.Function):
+    """The input's gradient is a convolution again; the kernel's is put together from gradients of 3x3 kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,19 +55,41 @@ class _LargeDepthwise(torch.autograd.Function):
 
 
 def _kernel_grad(x: Tensor, grad: Tensor, k: int) -> Tensor:
-    """(C, 1, k, k): for every offset the sum over tokens of grad times the shifted x, strip by strip of rows."""
+    """(C, 1, k, k), strip by strip: windows of 3x3 offsets that share a row or column with the one before."""
+    reach, starts = k // 2, range(0, k - 2, FAST_SIDE - 1)
+    total = grad.new_zeros((x.shape[-1], 1, k, k))
+    for images, top, end in _strips(x):
+        rows, w = end - top, x.shape[2]
+        first, last = top - reach, end + reach
+        above, below = max(0, -first), max(0, last - x.shape[1])
+        seen = F.pad(x[images, first + above : last - below], (0, 0, reach, reach, above, below))
+        strip = grad[images, top:end]
+        windows = [
+            [_kernel_grad_3x3(seen[:, i : i + rows + 2, j : j + w + 2], strip)[..., i > 0 :, j > 0 :] for j in starts]
+            for i in starts
+        ]
+        total = total + torch.cat([torch.cat(row, -1) for row in windows], -2)
+    return total
+
+
+def _kernel_grad_3x3(seen: Tensor, grad: Tensor) -> Tensor:
+    """(C, 1, 3, 3) from what a 3x3 kernel sees (b, n + 2, w + 2, C) and its output's gradient (b, n, w, C)."""
+    C = seen.shape[-1]
+    maps = (grad.permute(0, 3, 1, 2), seen.permute(0, 3, 1, 2), seen.new_empty((C, 1, FAST_SIDE, FAST_SIDE)))
+    once, nothing = [1, 1], [0, 0]
+    found: Tensor = torch.ops.aten.convolution_backward(
+        *maps, None, once, nothing, once, False, nothing, C, [False, True, False]
+    )[1]
+    return found
+
+
+def _strips(x: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Several whole images, or some rows of one: images, first row, and the one behind the last."""
     B, h, w, C = x.shape
-    reach, rows = k // 2, max(1, STRIP // (w * C))
-    total = grad.new_zeros((k, k, C))
-    for image in range(B):
+    images, rows = max(1, STRIP // max(1, h * w * C)), max(1, STRIP // max(1, w * C))
+    for image in range(0, B, images):
         for top in range(0, h, rows):
-            strip = grad[image, top : top + rows]
-            first, last = top - reach, top + len(strip) + reach
-            above, below = max(0, -first), max(0, last - h)
-            seen = F.pad(x[image, max(0, first) : min(h, last)], (0, 0, reach, reach, above, below))
-            sums = [(strip * seen[i : i + len(strip), j : j + w]).sum((0, 1)) for i in range(k) for j in range(k)]
-            total = total + torch.stack(sums).view(k, k, C)
-    return total.permute(2, 0, 1).unsqueeze(1)
+            yield slice(image, min(image + images, B)), top, min(top + rows, h)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B images, N = h·w tokens, C channels. Maps are (B, C, h, w); in channel
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -42,6 +43,22 @@ class Stem(nn.Sequential):
         )
 
 
+class ResidualDepthwise(nn.Conv2d):
+    """x + DW3x3(x) in one pass over memory: the residual's 1 is added to the middle of every kernel.
+
+    Args:
+        channels: of maps (B, channels, h, w).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        middle = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        return self._conv_forward(x, self.weight + middle, self.bias)
+
+
 class ConvFFN(nn.Module):
     """fc, GELU, u + DW3x3(u), fc.
 
@@ -54,14 +71,13 @@ class ConvFFN(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.conv = ResidualDepthwise(hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, h·w, C) on a grid (h, w) -> (B, h·w, C)."""
         hidden = self.act(self.fc1(x))
-        hidden = hidden + to_tokens(self.conv(to_map(hidden, grid)))
-        return self.fc2(hidden)
+        return self.fc2(to_tokens(self.conv(to_map(hidden, grid))))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -44,28 +44,28 @@ def cross_head_mirror(x: Tensor, u: Tensor) -> Tensor:
         (..., C). Keeps the sum of the heads' q·k and moves energy between heads.
     """
     scaled = 2.0 * u / (u.square().sum() + torch.finfo(u.dtype).tiny)
-    # A product and a sum instead of a matmul: autocast leaves them in fp32.
-    return x - (x * u).sum(-1, keepdim=True) * scaled
+    # A product and a sum instead of a matmul: autocast leaves them in fp32. One pass, in the memory order of x.
+    return torch.addcmul(x, (x * u).sum(-1, keepdim=True), scaled, value=-1.0)
 
 
 def reflect_rows(weight: Tensor, u: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Apply static mirrors to the output channels of a projection, so that they cost nothing per token.
 
     Args:
-        weight: projection weight (C, C_in), or its bias as (C, 1).
+        weight: projection weight (..., C, C_in), or its bias as (..., C, 1).
         u: normal of the cross-head mirror (C,), or None.
         cos: cos 2t of the block mirrors (H, J), or None.
         sin: sin 2t of the block mirrors (H, J), or None.
 
     Returns:
-        (C, C_in): the rows of block_mirror(cross_head_mirror(W x)).
+        (..., C, C_in): the rows of block_mirror(cross_head_mirror(W x)).
     """
-    columns = weight.transpose(0, 1)  # (C_in, C): one feature vector per input channel
+    columns = weight.transpose(-2, -1)  # (..., C_in, C): one feature vector per input channel
     if u is not None:
         columns = cross_head_mirror(columns, u)
     if cos is not None and sin is not None:
         columns = block_mirror(columns, cos.flatten(), sin.flatten())
-    return columns.transpose(0, 1)
+    return columns.transpose(-2, -1)
 
 
 def token_moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mirrorla.attention import MirrorAttention, attention_layers, folded_copy, undecayed_parameters
 from mirrorla.feature_maps import layout_of
 from mirrorla.heads.classifier import ClassifierHead
-from mirrorla.layers import ConvFFN, Stem, conv_norm, init_weights, to_map, to_tokens
+from mirrorla.layers import ConvFFN, ResidualDepthwise, Stem, conv_norm, init_weights, to_map, to_tokens
 from mirrorla.mirror_parameters import MirrorConfig
 
 AttentionLayout = str | Sequence[str]
@@ -75,7 +75,7 @@ class Block(nn.Module):
         kind: str,
     ) -> None:
         super().__init__()
-        self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.position = ResidualDepthwise(dim)
         self.norm1 = nn.LayerNorm(dim)
         self.attention = MirrorAttention(dim, num_heads, mirror=mirror, kind=kind)
         self.scale1 = nn.Parameter(torch.full((dim,), layer_scale))
@@ -87,7 +87,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         grid = (x.shape[2], x.shape[3])
-        x = to_tokens(x + self.position(x))
+        x = to_tokens(self.position(x))
         x = x + self.drop_path(self.scale1 * self.attention(self.norm1(x), grid))
         x = x + self.drop_path(self.scale2 * self.ffn(self.norm2(x), grid))
         return to_map(x, grid)

@@ -1,4 +1,4 @@
-"""The depthwise convolution of large grids against torch's own, and where it is used."""
+"""The depthwise convolution of wide kernels against torch's own, and where it is used."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from mirrorla import depthwise
 from mirrorla.depthwise import depthwise_conv
+from mirrorla.layers import ResidualDepthwise
 
 
 def leaves(B, h, w, C, k, dtype=torch.float64):
@@ -21,18 +22,15 @@ def torchs_own(x, weight, bias):
     return F.conv2d(x.permute(0, 3, 1, 2).contiguous(), weight, bias, padding=k // 2, groups=C).permute(0, 2, 3, 1)
 
 
-@pytest.fixture
-def everything_is_large(monkeypatch):
-    monkeypatch.setattr(depthwise, "LARGE", 0)
-
-
-@pytest.mark.parametrize("strip", [1, 60, 2**18], ids=["row", "rows", "whole"])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 2, 5), (2, 7, 5, 3, 5), (1, 2, 9, 4, 3), (3, 12, 3, 1, 7)], ids=str)
-def test_output_and_gradients_are_torchs(shape, strip, everything_is_large, monkeypatch):
+@pytest.mark.parametrize("strip", [1, 60, 100, 2**20], ids=["row", "rows", "image", "whole"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 2, 5), (2, 7, 5, 3, 5), (1, 2, 9, 4, 9), (3, 12, 3, 1, 7), (0, 3, 3, 2, 5)], ids=str
+)
+def test_output_and_gradients_are_torchs(shape, strip, monkeypatch):
     monkeypatch.setattr(depthwise, "STRIP", strip)
     inputs = leaves(*shape)
     found, expected = depthwise_conv(*inputs), torchs_own(*inputs)
-    assert type(found.grad_fn).__name__ == "_LargeDepthwiseBackward"
+    assert type(found.grad_fn).__name__ == "_WideDepthwiseBackward"
     weight = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(found, expected)
     for a, b in zip(
@@ -41,22 +39,21 @@ def test_output_and_gradients_are_torchs(shape, strip, everything_is_large, monk
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_only_what_is_wanted_is_differentiated(everything_is_large):
-    x, weight, bias = leaves(1, 4, 4, 2, 3)
+def test_only_what_is_wanted_is_differentiated():
+    x, weight, bias = leaves(1, 4, 4, 2, 5)
     (grad,) = torch.autograd.grad(depthwise_conv(x.detach(), weight, bias.detach()).sum(), weight)
     torch.testing.assert_close(grad, torch.autograd.grad(torchs_own(x, weight, bias).sum(), weight)[0])
     depthwise_conv(x, weight.detach(), None).sum().backward()
     assert x.grad is not None and weight.grad is None
 
 
-def test_second_derivatives_agree_with_finite_differences(everything_is_large):
-    assert torch.autograd.gradgradcheck(depthwise_conv, leaves(1, 3, 4, 2, 3))
+def test_second_derivatives_agree_with_finite_differences():
+    assert torch.autograd.gradgradcheck(depthwise_conv, leaves(1, 3, 4, 2, 5))
 
 
-def test_small_grids_autocast_and_other_code_take_torchs_convolution(monkeypatch):
-    inputs = leaves(1, 4, 4, 2, 3, torch.float32)
-    assert "Permute" in type(depthwise_conv(*inputs).grad_fn).__name__
-    monkeypatch.setattr(depthwise, "LARGE", 0)
+def test_small_kernels_autocast_and_other_code_take_torchs_convolution():
+    assert "Permute" in type(depthwise_conv(*leaves(1, 4, 4, 2, 3, torch.float32)).grad_fn).__name__
+    inputs = leaves(1, 4, 4, 2, 5, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = depthwise_conv(*inputs)
     assert out.dtype == torch.bfloat16 and "Permute" in type(out.grad_fn).__name__
@@ -66,3 +63,17 @@ def test_small_grids_autocast_and_other_code_take_torchs_convolution(monkeypatch
 def test_one_image_is_convolved_with_channels_last():
     x, weight, bias = leaves(1, 8, 8, 4, 5, torch.float32)
     assert depthwise_conv(x, weight, bias).stride()[1:] == (32, 4, 1)
+
+
+def test_the_residual_is_part_of_the_kernel():
+    conv = ResidualDepthwise(3).double()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    leaves = (x, conv.weight, conv.bias)
+    expected = x + F.conv2d(x, conv.weight, conv.bias, padding=1, groups=3)
+    torch.testing.assert_close(conv(x), expected)
+    for found, wanted in zip(
+        torch.autograd.grad(conv(x).square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
