@@ -3,16 +3,18 @@
     mirrorla bench backbone --device cuda
 
 Every model takes the same steps in the same run: forward, cross-entropy, backward and AdamW on random images, in bf16
-autocast on a GPU and fp32 on a CPU; then the forward alone, in eval mode, on the same batch. Batches shrink with the
-image's area, and by half again where memory does not suffice. A model of ours may name its attention after a colon:
-one kind for all stages, or hybrid, which is mirror in the first two and softmax in the last two. Then one layer of
-each stage of mirrorla_tiny trains on growing numbers of tokens, mirror beside softmax.
+autocast on a GPU and fp32 on a CPU, weights of convolutions in channels_last (model.channels_last of `mirrorla fit`);
+then the forward alone, in eval mode, ours with their static mirrors folded, on the same batch. Batches shrink with the
+area of the images, and by half again where memory does not suffice. A model of ours may name its attention after a
+colon: one kind for all stages, or hybrid, which is mirror in the first two and softmax in the last two. Then one layer
+of each stage of mirrorla_tiny trains on growing numbers of tokens, mirror beside softmax.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,21 +25,24 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from benchmarks.common import RESULTS, chosen_device, measure, numbers, provenance, quantiles_ms, write_csv
+from benchmarks.common import RESULTS, chosen_device, measure, provenance, quantiles_ms, write_csv
 from benchmarks.overtaking import crossings, measure_layers
 from benchmarks.timing import MIB, peak_mib
 from mirrorla.complexity import count_gmacs, count_parameters
 from mirrorla.feature_maps import KINDS
+from mirrorla.pyramid import MirrorPyramid
 
 OURS = ("mirrorla_tiny", "mirrorla_tiny:hybrid", "mirrorla_small", "mirrorla_small:hybrid")
 PEERS = ("pvt_v2_b1", "pvt_v2_b2", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "convnext_tiny")
 HYBRID = ("mirror", "mirror", "softmax", "softmax")
-SIZES = "224,512,1024"
+SIZES = "224,512,800x1344"
 BATCH_224 = {"cuda": 128, "cpu": 2}
 STEPS = (("training", "images_per_s", "peak_mib"), ("inference", "inference_images_per_s", "inference_peak_mib"))
 """What the steps do, and its columns in the CSV."""
 Row = dict[str, str]
 Rows = Sequence[Mapping[str, str]]
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,20 +88,46 @@ def model_names(text: str) -> list[str]:
     return names
 
 
-def measure_model(name: str, size: int, device: torch.device, budget_s: float) -> Row:
+def image_sizes(text: str) -> list[Size]:
+    """Sides of squares, or heights and widths, by commas, from a command line.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    found = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", word) for word in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} must be sides in pixels by commas, such as 224,800x1344")
+    return [(int(one[1]), int(one[2] or one[1])) for one in found if one]
+
+
+def size_name(size: Size) -> str:
+    """A size as `image_sizes` reads it: 224 or 800x1344."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def shown(size: str) -> str:
+    """A size's name for readers: 224² or 800x1344."""
+    return size if "x" in size else f"{size}²"
+
+
+def measure_model(name: str, size: Size, device: torch.device, budget_s: float) -> Row:
     """Train one model on random images for a while, then let it infer.
 
     Args:
         name: of a timm model; ours are registered there.
-        size: side of the images in pixels.
+        size: of the images.
         device: where to.
         budget_s: seconds of steps, half of them training.
 
     Returns:
         CSV columns; empty times and a note where not even one image fits.
     """
-    head = {"model": name, "size": str(size), "precision": "bf16 autocast" if device.type == "cuda" else "float32"}
-    batch = max(1, BATCH_224[device.type] * 224**2 // size**2)
+    head = {
+        "model": name,
+        "size": size_name(size),
+        "precision": "bf16 autocast" if device.type == "cuda" else "float32",
+    }
+    batch = max(1, BATCH_224[device.type] * 224**2 // (size[0] * size[1]))
     while batch:
         try:
             return {**head, **_measured(name, size, batch, device, budget_s / 2), "note": ""}
@@ -106,10 +137,10 @@ def measure_model(name: str, size: int, device: torch.device, budget_s: float) -
     return {**head, **dict.fromkeys(_COLUMNS, ""), "note": "out of memory"}
 
 
-def _measured(name: str, size: int, batch: int, device: torch.device, budget_s: float) -> Row:
+def _measured(name: str, size: Size, batch: int, device: torch.device, budget_s: float) -> Row:
     torch.manual_seed(0)
-    model = build(name, size).to(device).train()
-    images = torch.randn(batch, 3, size, size, device=device)
+    model = build(name, size).to(memory_format=torch.channels_last).to(device).train()
+    images = torch.randn(batch, 3, *size, device=device)
     labels = torch.randint(1000, (batch,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -136,6 +167,8 @@ def _measured(name: str, size: int, batch: int, device: torch.device, budget_s: 
     train()  # the optimizer's state is there before memory is weighed
     row |= _timed("", train, batch, 3 * weights, device, budget_s)  # weights and AdamW's two moments
     model.eval()
+    if isinstance(model, MirrorPyramid):
+        model = model.fold()
     return row | _timed("inference_", infer, batch, weights, device, budget_s)
 
 
@@ -155,12 +188,12 @@ def _timed(
     return {f"{prefix}{column}": value for column, value in found.items()}
 
 
-def build(name: str, size: int) -> nn.Module:
+def build(name: str, size: Size) -> nn.Module:
     """A model for images of one size: those with position tables or windows are told it.
 
     Args:
         name: of a timm model; after a colon the attention of one of ours.
-        size: side of the images in pixels.
+        size: of the images.
     """
     name, _, attention = name.partition(":")
     if attention:
@@ -213,7 +246,10 @@ def plot(rows: Rows, overtaking: Rows, path: Path) -> None:
             positions = [sizes.index(size) + 0.8 * (place / len(names) - 0.5) for size in found]
             axes.bar(positions, list(found.values()), 0.8 / len(names), label=name)
         axes.set(
-            yscale="log", ylabel=f"{kind} images/s", xticks=range(len(sizes)), xticklabels=[f"{s}²" for s in sizes]
+            yscale="log",
+            ylabel=f"{kind} images/s",
+            xticks=range(len(sizes)),
+            xticklabels=[shown(size) for size in sizes],
         )
     bars[0].legend(fontsize="small")
     for colour, (stage, group) in enumerate(itertools.groupby(overtaking, key=lambda row: row["stage"])):
@@ -244,7 +280,9 @@ def parser() -> argparse.ArgumentParser:
         default=",".join((*OURS, *PEERS)),
         help="timm names, by commas, ours with :ATTENTION if not mirror (default: %(default)s)",
     )
-    made.add_argument("--sizes", type=numbers, default=SIZES, help="sides of the images (default: %(default)s)")
+    made.add_argument(
+        "--sizes", type=image_sizes, default=SIZES, help="sides of the images, or HxW (default: %(default)s)"
+    )
     made.add_argument("--budget_s", type=float, default=8.0, help="seconds of steps for each model (default: 8)")
     made.add_argument("--out", type=Path, help="CSV file (default: in benchmarks/results/), the plot beside it")
     return made

@@ -54,7 +54,7 @@ def shares(name: str, batch: int) -> dict[str, float]:
         batch: images of 224² pixels.
     """
     torch.manual_seed(0)
-    model = build(name, SIDE).train()
+    model = build(name, (SIDE, SIDE)).to(memory_format=torch.channels_last).train()
     images, labels = torch.randn(batch, 3, SIDE, SIDE), torch.randint(1000, (batch,))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source, batch = provenance(torch.device("cpu")), BATCH_224["cpu"]
     rows = []
     for name in args.models:
-        head = {"model": name, "batch": str(batch), "gmacs": f"{count_gmacs(build(name, SIDE), SIDE):.2f}"}
+        head = {"model": name, "batch": str(batch), "gmacs": f"{count_gmacs(build(name, (SIDE, SIDE)), SIDE):.2f}"}
         rows.append({**head, **{kind: f"{ms:.2f}" for kind, ms in shares(name, batch).items()}, **source})
     write_csv(args.out, rows)
     print("\n".join(table(rows)))

@@ -159,11 +159,11 @@ def test_a_layer_over_tokens_is_measured(tmp_path, capsys, monkeypatch):
 def test_backbones_are_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(overtaking.TOKENS, "cpu", (16, 64))
     out = tmp_path / "backbone.csv"
-    options = ["--models", "mirrorla_pico,resnet10t", "--sizes", "32,64", "--budget_s", "0.01", "--out", str(out)]
+    options = ["--models", "mirrorla_pico,resnet10t", "--sizes", "32,64x32", "--budget_s", "0.01", "--out", str(out)]
     assert cli.main(["bench", "backbone", *options]) == 0
     rows = read(out)
     assert [(row["model"], row["size"]) for row in rows] == list(
-        zip(["mirrorla_pico", "resnet10t"] * 2, ["32", "32", "64", "64"], strict=True)
+        zip(["mirrorla_pico", "resnet10t"] * 2, ["32", "32", "64x32", "64x32"], strict=True)
     )
     for row in rows:
         assert float(row["images_per_s"]) == pytest.approx(int(row["batch"]) / float(row["p50_ms"]) * 1e3, rel=1e-2)
@@ -205,13 +205,18 @@ def test_a_profile_puts_every_kind_of_operator_into_its_column(tmp_path, capsys)
 
 
 def test_the_attention_of_our_models_stands_after_a_colon():
-    assert backbone.build("mirrorla_pico:hybrid", 64).attention_kinds == ("mirror", "mirror", "softmax", "softmax")
-    assert backbone.build("mirrorla_pico:relu", 64).attention_kinds == ("relu",) * 4
+    assert backbone.build("mirrorla_pico:hybrid", (64, 64)).attention_kinds == (
+        "mirror",
+        "mirror",
+        "softmax",
+        "softmax",
+    )
+    assert backbone.build("mirrorla_pico:relu", (64, 64)).attention_kinds == ("relu",) * 4
 
 
 def test_models_for_one_size_are_told_it():
-    for name in ("deit_tiny_patch16_224", "mirrorla_pico"):
-        assert backbone.build(name, 64).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+    for name in ("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mirrorla_pico"):
+        assert backbone.build(name, (64, 96)).eval()(torch.zeros(1, 3, 64, 96)).shape == (1, 1000)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +237,8 @@ def test_models_for_one_size_are_told_it():
         (["backbone", "--models", "swin_tinny"], "'swin_tinny' is no model of timm or of ours; see mirrorla models"),
         (["backbone", "--models", "mirrorla_tiny:zzz"], "'mirrorla_tiny:zzz': ours alone take an attention: mirror, "),
         (["backbone", "--models", "resnet18:relu"], "'resnet18:relu': ours alone take an attention: mirror, "),
-        (["backbone", "--sizes", "0"], "argument --sizes: '0' must be whole numbers >= 1 by commas"),
+        (["backbone", "--sizes", "0"], "argument --sizes: '0' must be sides in pixels by commas"),
+        (["backbone", "--sizes", "224,8x"], "argument --sizes: '224,8x' must be sides in pixels by commas, such as"),
         (["loader", "--images", "few"], "argument --images: invalid int value: 'few'"),
     ],
 )
