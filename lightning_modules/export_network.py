@@ -42,7 +42,8 @@ class PortableAttention(nn.Module):
         rope = layer.rope(grid, x.device, prefix)
         if layer.mirrors is not None:
             tables = _mirror_tables(layer.mirrors, *(x[:, prefix:] if prefix else x for x in (q, k)))
-            y = _mirror_attention(q, k, v, tables, rope, layer.mirrors.config.power)
+            config = layer.mirrors.config
+            y = _mirror_attention(q, k, v, tables, rope, config.power, config.two_sided)
         elif isinstance(layer.map, FeatureMap):
             roped = layer.map.tables(rope)
             streams = layer.map.streams(q, k, v)  # ReLU(phi) = phi
@@ -136,14 +137,23 @@ def _relative_variance(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _mirror_attention(
-    q: Tensor, k: Tensor, v: Tensor, mirror: Tables | None, rope: Tables | None, power: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mirror: Tables | None,
+    rope: Tables | None,
+    power: float,
+    two_sided: bool = False,
 ) -> Tensor:
     """Mirrored linear attention (B, N, H, d); see reference.py."""
     phi_k = reference.feature_map(k, mirror, power)
     # Means on both sides: a number of tokens turned into a float would be fixed in the program.
     roped = phi_k if rope is None else rotate(phi_k, *rope)
     state = torch.einsum("bmhd,bmhe->bhde", roped, v) / k.shape[1]
-    return reference.apply_state(q, state, phi_k.mean(1), mirror=mirror, rope=rope, power=power)
+    sides = zip((q, -q), state.chunk(2, -1), strict=True) if two_sided else [(q, state)]
+    mean = phi_k.mean(1)
+    parts = [reference.apply_state(side, part, mean, mirror=mirror, rope=rope, power=power) for side, part in sides]
+    return torch.cat(parts, -1)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, rope: Tables | None) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from lightning_modules.backbone import BackboneConfig
-from mirrorla import HOSTS
+from mirrorla import HOSTS, MirrorConfig
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class ModelCard:
             raise ValueError(
                 f"this checkpoint's model card lacks {', '.join(sorted(missing))}: it is of another version"
             )
-        return cls(**{one.name: card[one.name] for one in fields(cls) if one.name in card})
+        options = asdict(MirrorConfig()) | card["mirror"]  # one that came later was off before
+        return cls(**{one.name: card[one.name] for one in fields(cls) if one.name in card} | {"mirror": options})
 
     def matched(self, checkpoint: dict[str, Any]) -> "ModelCard":
         """The card inside a checkpoint, if that fits what the configuration builds; see require_match."""

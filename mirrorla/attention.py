@@ -120,8 +120,17 @@ class MirrorAttention(nn.Module):
             y = self.map(q, k, v, q_rope, k_rope, mask)
         else:
             tables = self.token_tables(q, k, mask if context is None else None, mask, prefix)
-            power = self.mirrors.config.power
-            y = mirror_linear_attention(q, k, v, mirror=tables, q_rope=q_rope, k_rope=k_rope, mask=mask, power=power)
+            y = mirror_linear_attention(
+                q,
+                k,
+                v,
+                mirror=tables,
+                q_rope=q_rope,
+                k_rope=k_rope,
+                mask=mask,
+                power=self.mirrors.config.power,
+                two_sided=self.mirrors.config.two_sided,
+            )
         y = y.flatten(2)  # (B, N, C)
         if grid is not None and context is None and self.lepe is not None:
             y = y + self._positional_term(v, grid, mask, prefix)

@@ -222,8 +222,9 @@ def features(layer: MirrorAttention, probe: LayerProbe) -> list[Stream]:
     if isinstance(layer.map, FeatureMap):
         return layer.map.streams(q, k, probe.v)
     assert layer.mirrors is not None
-    power = layer.mirrors.config.power
-    return [(feature_map(q, power=power), feature_map(k, power=power), probe.v)]
+    power, v = layer.mirrors.config.power, probe.v
+    sides = zip((q, -q), v.chunk(2, -1), strict=True) if layer.mirrors.config.two_sided else [(q, v)]
+    return [(feature_map(side, power=power), feature_map(k, power=power), values) for side, values in sides]
 
 
 def _probe(layer: MirrorAttention, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> LayerProbe:

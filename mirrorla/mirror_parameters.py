@@ -32,6 +32,8 @@ class MirrorConfig:
         cross_head: one mirror over the concatenated heads.
         block_mirror: one mirror for each block of two channels.
         power: exponent >= 1 of the feature map ReLU(x)^power; 1 is the paper's map, more sharpens the attention.
+        two_sided: read the second half of a head's values with -q, which ReLU would cut off: the mirror of q at a right
+            angle to the keys'. Same parameters, features and state.
         init: "neutral" starts as plain ReLU attention; "aligned" points block means into the orthant (call
             `align_mirrors` on one batch); "uniform" draws angles uniformly.
 
@@ -43,6 +45,7 @@ class MirrorConfig:
     cross_head: bool = True
     block_mirror: bool = True
     power: float = 1.0
+    two_sided: bool = False
     init: Literal["neutral", "aligned", "uniform"] = "neutral"
 
     def __post_init__(self) -> None:

@@ -35,7 +35,8 @@ def results(function, tensors, options, seed=1):
     tensors = [x.detach().requires_grad_() for x in tensors]
     mirror = [x.detach().clone().requires_grad_() for x in options.get("mirror", ())]
     out = function(*tensors, **{**options, **({"mirror": tuple(mirror)} if mirror else {})})
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
+    weight = weight.bfloat16().to(out.dtype)  # the same numbers in every dtype
     grads = torch.autograd.grad(out, [*tensors, *mirror], weight)
     return dict(zip(["out", "q", "k", "v", "cos", "sin"], [out.detach(), *grads], strict=False))
 

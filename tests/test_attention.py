@@ -7,7 +7,7 @@ from mirrorla import MirrorAttention, MirrorConfig
 from mirrorla.kernels.reference import mirror_linear_attention
 
 ALL_CONFIGS = [
-    MirrorConfig(modulation=modulation, cross_head=cross, block_mirror=blocks, power=power)
+    MirrorConfig(modulation=modulation, cross_head=cross, block_mirror=blocks, power=power, two_sided=power > 1)
     for modulation in ("none", "instance", "ema")
     for cross in (False, True)
     for blocks in (False, True)

@@ -49,6 +49,22 @@ def test_weights_times_values_are_what_the_layer_attends_to(power, modulation):
     torch.testing.assert_close(found, whole[:, queries], rtol=1e-4, atol=1e-5)
 
 
+def test_two_sided_weights_are_the_mean_of_both_sides():
+    torch.manual_seed(0)
+    layer = Layer(mirror=MirrorConfig(power=2.0, two_sided=True, init="uniform"))
+    images = torch.randn(2, 16, 3, 5)
+    ((attention, probe),) = probe_layers(layer, images)
+    q, k, v, _ = attention.project(images.flatten(2).mT)
+    options = {"mirror": attention.mirrors.token_tables(q, k, None, None), "power": 2.0}
+    options |= dict.fromkeys(("q_rope", "k_rope"), attention.rope((3, 5), images.device))
+    whole = mirror_linear_attention(q, k, v, two_sided=True, **options)
+    one_by_one = [mirror_linear_attention(side, k, v, **options) for side in (q, -q)]
+    torch.testing.assert_close(whole, torch.cat((one_by_one[0][..., :4], one_by_one[1][..., 4:]), -1))
+    weights = attention_weights(attention, probe, torch.arange(15))
+    found = torch.einsum("bhnm,bmhd->bnhd", weights, probe.v)
+    torch.testing.assert_close(found, (one_by_one[0] + one_by_one[1]) / 2, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", PEERS)
 def test_weights_of_peers_are_theirs_too(kind):
     torch.manual_seed(0)

@@ -110,7 +110,7 @@ def test_torch_program_holds_no_operator_of_ours(classifiers):
 @pytest.mark.parametrize("modulation", ["none", "ema", "instance"])
 @pytest.mark.parametrize("kind", ["mirror", "softmax"])
 def test_folding_and_the_portable_attention_change_nothing(modulation, kind):
-    config = MirrorConfig(modulation=modulation, power=2.0)
+    config = MirrorConfig(modulation=modulation, power=2.0, two_sided=modulation != "ema")
     torch.manual_seed(1)
     model = create_backbone("mirrorla_pico", num_classes=4, mirror=config, attention=("mirror", "mirror", kind, kind))
     model.eval()

@@ -33,8 +33,9 @@ def inputs(B=2, N=7, M=9, H=3, dk=8, dv=6, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 @pytest.mark.parametrize("roped", [False, True], ids=["plain", "roped"])
 @pytest.mark.parametrize("mirrored", [False, True], ids=["relu", "mirror"])
+@pytest.mark.parametrize("two_sided", [False, True], ids=["one", "two"])
 @pytest.mark.parametrize("N,M", [(1, 1), (7, 9), (12, 4)], ids=lambda n: f"N{n}")
-def test_linear_form_equals_the_quadratic_form(N, M, mirrored, roped, masked, power):
+def test_linear_form_equals_the_quadratic_form(N, M, two_sided, mirrored, roped, masked, power):
     q, k, v, mirror = inputs(N=N, M=M)
     options = {
         "mirror": mirror if mirrored else None,
@@ -43,9 +44,22 @@ def test_linear_form_equals_the_quadratic_form(N, M, mirrored, roped, masked, po
         "mask": (torch.arange(M) < max(1, M - 2)).expand(2, M) if masked else None,
         "power": power,
     }
-    torch.testing.assert_close(
-        mirror_linear_attention(q, k, v, **options), quadratic(q, k, v, **options), rtol=1e-10, atol=1e-10
-    )
+    expected = quadratic(q, k, v, **options)
+    if two_sided:
+        expected = torch.cat((expected[..., :3], quadratic(-q, k, v, **options)[..., 3:]), -1)
+    found = mirror_linear_attention(q, k, v, two_sided=two_sided, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_other_side_of_a_query_is_the_mirror_at_a_right_angle():
+    q, k, v, (cos, sin) = inputs()
+    angle = torch.atan2(sin, cos) / 2 + torch.pi / 2
+    turned = (torch.cos(2 * angle), torch.sin(2 * angle))
+    S, s, _ = kv_state(k, v, mirror=(cos, sin))
+    found = mirror_linear_attention(q, k, v, mirror=(cos, sin), two_sided=True)[..., 3:]
+    torch.testing.assert_close(found, apply_state(q, S, s, mirror=turned)[..., 3:])
+    both = feature_map(q, (cos, sin)).square() + feature_map(q, turned).square()
+    torch.testing.assert_close(both.sum(-1), q.square().sum(-1))  # nothing of a query is cut off
 
 
 def test_gradients_agree_with_finite_differences():

@@ -60,6 +60,16 @@ def check_pair(q: Tensor, k: Tensor, q_rope: Tables | None, k_rope: Tables | Non
         raise ValueError(f"{missing} is missing: positions need the tables of both queries and keys, or of neither")
 
 
+def check_halves(v: Tensor) -> None:
+    """Hold values to being cut in two.
+
+    Raises:
+        ValueError: an odd number of channels.
+    """
+    if v.shape[-1] % 2:
+        raise ValueError(f"v {tuple(v.shape)} has {v.shape[-1]} channels: two_sided halves them, choose an even number")
+
+
 def check_state(q: Tensor, S: Tensor, s: Tensor) -> None:
     """Hold a state to the queries that read it.
 

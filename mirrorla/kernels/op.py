@@ -29,13 +29,15 @@ def mirror_linear_attention(
     k_rope: Tables | None = None,
     mask: Tensor | None = None,
     power: float = 1.0,
+    two_sided: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
     """Non-causal linear attention over mirrored features, at a cost linear in N and M.
 
     y_n = rope(phi(q_n)) S / (phi(q_n)·s + eps) with phi(x) = ReLU(mirror(x))^power, S = mean_m rope(phi(k_m)) v_m^T and
-    s = mean_m phi(k_m). All sums are fp32 (float64 for float64 inputs), also under autocast, where q, k and v of
-    different dtypes are first cast to autocast's. Differentiable to any order in q, k, v and the mirror tables.
+    s = mean_m phi(k_m); with `two_sided`, -q_n reads the second half of the values. All sums are fp32 (float64 for
+    float64 inputs), also under autocast, where q, k and v of different dtypes are first cast to autocast's.
+    Differentiable to any order in q, k, v and the mirror tables.
 
     Args:
         q: queries (B, N, H, dk), any strides; the Triton kernels need a last stride of 1 and dk, dv from 8 to 128.
@@ -46,6 +48,7 @@ def mirror_linear_attention(
         k_rope: rotary tables of the keys (M, J).
         mask: True for the keys that count (B, M); the others do not matter even if they are inf or nan.
         power: exponent of the map, >= 1.
+        two_sided: dv is even, and what ReLU cuts off a query reads the second half of its channels.
         eps: added to the denominator, >= 0.
 
     Returns:
@@ -59,8 +62,16 @@ def mirror_linear_attention(
     arguments.check_queries(q, mirror, q_rope, power, eps)
     arguments.check_keys(k, v, mirror, k_rope, mask, power)
     arguments.check_pair(q, k, q_rope, k_rope)
-    tables = (*_wide(mirror, q), *_wide(q_rope, q), *_wide(k_rope, q))
-    return operators.attention(q, k, v, *tables, mask, float(power), float(eps))[0]
+    mirrors, q_tables, k_tables = _wide(mirror, q), _wide(q_rope, q), _wide(k_rope, q)
+    if not two_sided:
+        return operators.attention(q, k, v, *mirrors, *q_tables, *k_tables, mask, float(power), float(eps))[0]
+    arguments.check_halves(v)
+    S, s = operators.kv_state(k, v, *mirrors, *k_tables, mask, float(power))
+    halves = [
+        operators.apply_state(side, half, s, *mirrors, *q_tables, float(power), float(eps))
+        for side, half in zip((q, -q), S.chunk(2, -1), strict=True)
+    ]
+    return torch.cat(halves, -1)
 
 
 def kv_state(

@@ -121,6 +121,7 @@ def mirror_linear_attention(
     k_rope: Tables | None = None,
     mask: Tensor | None = None,
     power: float = 1.0,
+    two_sided: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
     """Non-causal linear attention over mirrored features, at a cost linear in N and M.
@@ -134,6 +135,7 @@ def mirror_linear_attention(
         k_rope: rotary tables of the keys (M, dk/2).
         mask: True for the keys that count (B, M).
         power: exponent of the map.
+        two_sided: read the second half of the value channels with -q.
         eps: added to the denominator.
 
     Returns:
@@ -141,7 +143,11 @@ def mirror_linear_attention(
     """
     with without_autocast(q.device.type):  # fp32 sums: see the head of the file
         state, key_mean, _ = kv_state(k, v, mirror=mirror, rope=k_rope, mask=mask, power=power)
-        return apply_state(q, state, key_mean, mirror=mirror, rope=q_rope, power=power, eps=eps)
+        sides = zip((q, -q), state.chunk(2, -1), strict=True) if two_sided else [(q, state)]
+        parts = [
+            apply_state(side, part, key_mean, mirror=mirror, rope=q_rope, power=power, eps=eps) for side, part in sides
+        ]
+        return torch.cat(parts, -1)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
