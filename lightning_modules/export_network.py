@@ -7,6 +7,7 @@ Shapes: B images, N = h·w tokens, H heads, d channels of a head, C = H·d.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,7 @@ class PortableAttention(nn.Module):
         rope = layer.rope(grid, x.device, prefix)
         if layer.mirrors is not None:
             tables = _mirror_tables(layer.mirrors, *(x[:, prefix:] if prefix else x for x in (q, k)))
-            config = layer.mirrors.config
-            y = _mirror_attention(q, k, v, tables, rope, config.power, config.two_sided)
+            y = _mirror_attention(q, k, v, tables, rope, layer.mirrors.config.power, layer.mirrors.query_tables(tables))
         elif isinstance(layer.map, FeatureMap):
             roped = layer.map.tables(rope)
             streams = layer.map.streams(q, k, v)  # ReLU(phi) = phi
@@ -117,14 +117,15 @@ def portable(network: nn.Module) -> nn.Module:
 
 def folded_mirrors(config: MirrorConfig) -> MirrorConfig:
     """The mirrors that a folded network still has: what a plain model must be built with to take its weights."""
-    return MirrorParameters(1, 2, config).eval().without_static().config
+    return MirrorParameters(1, 2 * config.query_mirrors, config).eval().without_static().config
 
 
 def _mirror_tables(mirrors: MirrorParameters, q: Tensor, k: Tensor) -> Tables | None:
-    """cos 2t and sin 2t (B, H, J) of the mirrors that follow the image; None where all are folded."""
+    """cos 2t and sin 2t (B or 1, H, J) of the mirrors that are not folded; None where all are."""
     if not mirrors.config.block_mirror:
         return None
-    angle = mirrors.angles(_relative_variance(q, k))
+    angle = mirrors.fixed_angle()
+    angle = mirrors.angles(_relative_variance(q, k)) if angle is None else angle.unsqueeze(0)
     return torch.cos(2 * angle), torch.sin(2 * angle)
 
 
@@ -143,17 +144,19 @@ def _mirror_attention(
     mirror: Tables | None,
     rope: Tables | None,
     power: float,
-    two_sided: bool = False,
+    query_mirrors: Sequence[Tables] | None = None,
 ) -> Tensor:
     """Mirrored linear attention (B, N, H, d); see reference.py."""
     phi_k = reference.feature_map(k, mirror, power)
     # Means on both sides: a number of tokens turned into a float would be fixed in the program.
     roped = phi_k if rope is None else rotate(phi_k, *rope)
     state = torch.einsum("bmhd,bmhe->bhde", roped, v) / k.shape[1]
-    sides = zip((q, -q), state.chunk(2, -1), strict=True) if two_sided else [(q, state)]
-    mean = phi_k.mean(1)
-    parts = [reference.apply_state(side, part, mean, mirror=mirror, rope=rope, power=power) for side, part in sides]
-    return torch.cat(parts, -1)
+    mean, mirrors = phi_k.mean(1), (mirror,) if query_mirrors is None else query_mirrors
+    shares = [
+        reference.apply_state(q, share, mean, mirror=one, rope=rope, power=power)
+        for one, share in zip(mirrors, state.chunk(len(mirrors), -1), strict=True)
+    ]
+    return torch.cat(shares, -1)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, rope: Tables | None) -> Tensor:

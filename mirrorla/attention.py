@@ -48,7 +48,7 @@ class MirrorAttention(nn.Module):
         rotary: turn queries and keys by their place in a grid.
 
     Raises:
-        ValueError: dim and num_heads do not fit, or an unknown kind; the nearest is named.
+        ValueError: dim, num_heads and the mirrors do not fit, or an unknown kind; the nearest is named.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class MirrorAttention(nn.Module):
                 k_rope=k_rope,
                 mask=mask,
                 power=self.mirrors.config.power,
-                two_sided=self.mirrors.config.two_sided,
+                query_mirrors=self.mirrors.query_tables(tables),
             )
         y = y.flatten(2)  # (B, N, C)
         if grid is not None and context is None and self.lepe is not None:
@@ -184,8 +184,8 @@ class MirrorAttention(nn.Module):
     def fold(self) -> MirrorAttention:
         """A copy whose static mirrors are merged into the projection, exactly.
 
-        With input-dependent mirrors only the cross-head mirror can be merged; `folded.mirrors.config.modulation` then
-        still reads "instance". Mirrors of kind "ema" are merged as evaluation uses them.
+        With input-dependent mirrors, or several of the queries, only the cross-head mirror can be merged. Mirrors of
+        kind "ema" are merged as evaluation uses them.
 
         Returns:
             A new module in evaluation mode with the same outputs.
@@ -285,7 +285,8 @@ def folded_copy(model: Network) -> Network:
     dynamic = sum(a.mirrors is not None and a.mirrors.config.block_mirror for a in attention_layers(folded))
     if dynamic:
         _log.warning(
-            'block mirrors of %d layers follow the image (modulation "instance") and stay; the rest is folded', dynamic
+            "block mirrors of %d layers stay, since they follow the image or queries have several; the rest is folded",
+            dynamic,
         )
     return folded
 

@@ -31,7 +31,8 @@ class LayerProbe:
     Attributes:
         raw: queries and keys straight from the learned projection, each (B, N, H, d).
         crossed: the same after the cross-head mirror.
-        mirrored: the same after the block mirrors: what ReLU, or a peer's map, sees.
+        mirrored: the same after the block mirrors: what ReLU, or a peer's map, sees; queries through the keys' mirror.
+        queries: through the mirrors that they are read with, one for each share of the values.
         v: values (B, N, H, d).
         rho: relative variance (B or 1, H, J), or None without modulation.
         angle: mirror angles (B or 1, H, J) in radians, or None without block mirrors.
@@ -42,6 +43,7 @@ class LayerProbe:
     raw: tuple[Tensor, Tensor]
     crossed: tuple[Tensor, Tensor]
     mirrored: tuple[Tensor, Tensor]
+    queries: tuple[Tensor, ...]
     v: Tensor
     rho: Tensor | None
     angle: Tensor | None
@@ -178,7 +180,8 @@ def head_energy(u: Tensor, num_heads: int) -> Tensor:
 def _layer_metrics(layer: MirrorAttention, probe: LayerProbe) -> dict[str, Tensor]:
     metrics: dict[str, Tensor] = {}
     if layer.mirrors is not None or (isinstance(layer.map, FeatureMap) and layer.map.cuts):
-        for name, before, after in zip("qk", probe.raw, probe.mirrored, strict=True):
+        seen = (torch.cat(probe.queries, 1), probe.mirrored[1])
+        for name, before, after in zip("qk", probe.raw, seen, strict=True):
             metrics[f"mirror/retained_energy_before/{name}"] = retained_energy(before)
             metrics[f"mirror/retained_energy/{name}"] = retained_energy(after)
             metrics[f"mirror/dead_channels/{name}"] = (after.amax((0, 1)) <= 0).float().mean()
@@ -222,9 +225,9 @@ def features(layer: MirrorAttention, probe: LayerProbe) -> list[Stream]:
     if isinstance(layer.map, FeatureMap):
         return layer.map.streams(q, k, probe.v)
     assert layer.mirrors is not None
-    power, v = layer.mirrors.config.power, probe.v
-    sides = zip((q, -q), v.chunk(2, -1), strict=True) if layer.mirrors.config.two_sided else [(q, v)]
-    return [(feature_map(side, power=power), feature_map(k, power=power), values) for side, values in sides]
+    power, queries = layer.mirrors.config.power, probe.queries
+    phi_k, shares = feature_map(k, power=power), probe.v.chunk(len(queries), -1)
+    return [(feature_map(one, power=power), phi_k, v) for one, v in zip(queries, shares, strict=True)]
 
 
 def _probe(layer: MirrorAttention, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> LayerProbe:
@@ -246,9 +249,11 @@ def _probe(layer: MirrorAttention, x: Tensor, grid: tuple[int, int] | None, pref
         elif mirrors.theta is not None:
             angle = mirrors.theta.unsqueeze(0)
     mirrored = (q, k) if angle is None else (_turn(q, angle), _turn(k, angle))
-    return LayerProbe(
-        raw, (q, k), mirrored, v.unflatten(-1, heads), rho, angle, layer.rope(grid, x.device, prefix), grid
-    )
+    queries: tuple[Tensor, ...] = mirrored[:1]
+    if angle is not None and mirrors is not None and mirrors.offset is not None:
+        queries = tuple(_turn(q, angle + offset) for offset in mirrors.offset)
+    rope = layer.rope(grid, x.device, prefix)
+    return LayerProbe(raw, (q, k), mirrored, queries, v.unflatten(-1, heads), rho, angle, rope, grid)
 
 
 def _turn(x: Tensor, angle: Tensor) -> Tensor:

@@ -32,20 +32,21 @@ class MirrorConfig:
         cross_head: one mirror over the concatenated heads.
         block_mirror: one mirror for each block of two channels.
         power: exponent >= 1 of the feature map ReLU(x)^power; 1 is the paper's map, more sharpens the attention.
-        two_sided: read the second half of a head's values with -q, which ReLU would cut off: the mirror of q at a right
-            angle to the keys'. Same parameters, features and state.
+        query_mirrors: how many mirrors a head's queries have; each reads an equal share of the values. The first starts
+            at the keys', the paper's only one, and the others spread evenly over half a turn from it: more places to
+            look at for the same state.
         init: "neutral" starts as plain ReLU attention; "aligned" points block means into the orthant (call
             `align_mirrors` on one batch); "uniform" draws angles uniformly.
 
     Raises:
-        ValueError: an unknown word, a power below 1, or modulation without a block mirror.
+        ValueError: an unknown word, a power below 1, or what turns or multiplies block mirrors without them.
     """
 
     modulation: Literal["none", "instance", "ema"] = "instance"
     cross_head: bool = True
     block_mirror: bool = True
     power: float = 1.0
-    two_sided: bool = False
+    query_mirrors: int = 1
     init: Literal["neutral", "aligned", "uniform"] = "neutral"
 
     def __post_init__(self) -> None:
@@ -57,6 +58,10 @@ class MirrorConfig:
             raise ValueError(f"mirror.init {self.init!r} is unknown: choose one of {', '.join(INITS)}")
         if not self.power >= 1.0:
             raise ValueError(f"mirror.power {self.power} is below 1: choose 1 (the paper's map) or more")
+        if self.query_mirrors < 1 or (self.query_mirrors > 1 and not self.block_mirror):
+            raise ValueError(
+                f"mirror.query_mirrors {self.query_mirrors} must be 1, the paper's, or with mirror.block_mirror more"
+            )
         if self.modulation != "none" and not self.block_mirror:
             raise ValueError(
                 f'mirror.modulation "{self.modulation}" turns block mirrors, which mirror.block_mirror=false removes: '
@@ -71,9 +76,13 @@ class MirrorParameters(nn.Module):
         num_heads: heads H.
         head_dim: channels of a head, even.
         config: which mirrors exist.
+
+    Raises:
+        ValueError: queries have a number of mirrors that does not divide a head.
     """
 
     theta: Tensor | None
+    offset: Tensor | None
     gain: Tensor | None
     centre: Tensor | None
     u: Tensor | None
@@ -81,10 +90,15 @@ class MirrorParameters(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, config: MirrorConfig) -> None:
         super().__init__()
+        if head_dim % config.query_mirrors:
+            raise ValueError(
+                f"mirror.query_mirrors {config.query_mirrors} does not divide the head width {head_dim}: give a divisor"
+            )
         self.config = config
         blocks = (num_heads, head_dim // 2)
         modulated = config.modulation != "none"
         self.theta = nn.Parameter(_start_angles(config.init, blocks)) if config.block_mirror else None
+        self.offset = nn.Parameter(_start_offsets(config.query_mirrors, blocks)) if config.query_mirrors > 1 else None
         self.gain = nn.Parameter(torch.zeros(blocks)) if modulated else None
         self.centre = nn.Parameter(torch.full(blocks, 0.5)) if modulated else None
         self.u = nn.Parameter(torch.randn(num_heads * head_dim)) if config.cross_head else None
@@ -117,10 +131,27 @@ class MirrorParameters(nn.Module):
         Returns:
             cos 2t and sin 2t, each (B or 1, H, J) fp32, or None where every mirror is static.
         """
-        if self.config.modulation == "none" or self._static_angle() is not None:
+        if self.theta is None or self._static_angle() is not None:
             return None
-        angle = self.angles(self.relative_variance(q, k, q_mask, k_mask))
+        angle = self.fixed_angle()
+        angle = self.angles(self.relative_variance(q, k, q_mask, k_mask)) if angle is None else angle.unsqueeze(0)
         return torch.cos(2 * angle), torch.sin(2 * angle)
+
+    def query_tables(self, tables: Tables | None) -> list[Tables] | None:
+        """The mirrors of the queries, each turned by its offset from the keys'.
+
+        Args:
+            tables: of `token_tables`.
+
+        Returns:
+            Tables of the same shape, one for each share of the values; None where queries have the keys' mirror.
+        """
+        if self.offset is None:
+            return None
+        assert tables is not None, "several mirrors are never static"
+        cos, sin = tables
+        turns = zip(torch.cos(2 * self.offset), torch.sin(2 * self.offset), strict=True)  # each (H, J)
+        return [(cos * c - sin * s, sin * c + cos * s) for c, s in turns]
 
     def relative_variance(self, q: Tensor, k: Tensor, q_mask: Tensor | None, k_mask: Tensor | None) -> Tensor:
         """rho of the tokens, per image or, for "ema", of the batch (and then remembered for evaluation).
@@ -159,7 +190,8 @@ class MirrorParameters(nn.Module):
         """The mirrors that remain once the static ones are merged into the projection; parameters are shared.
 
         Returns:
-            A module without cross-head mirror and, unless modulation is "instance", without block mirrors.
+            A module without cross-head mirror and without block mirrors, unless they follow the image or queries have
+            several.
         """
         keep_blocks = self._static_angle() is None and self.config.block_mirror
         config = replace(
@@ -172,8 +204,8 @@ class MirrorParameters(nn.Module):
         nn.Module.__init__(rest)
         rest.config = config
         rest.theta, rest.gain, rest.centre = (self.theta, self.gain, self.centre) if keep_blocks else (None, None, None)
-        rest.u = None
-        rest.register_buffer("running_rho", None)
+        rest.u, rest.offset = None, self.offset if keep_blocks else None
+        rest.register_buffer("running_rho", self.running_rho if keep_blocks else None)
         return rest.train(self.training)
 
     @torch.no_grad()
@@ -189,7 +221,11 @@ class MirrorParameters(nn.Module):
             self.theta.copy_(aligned_angle(mean))
 
     def _static_angle(self) -> Tensor | None:
-        """The block angles where they do not depend on the tokens (H, J)."""
+        """The block angles where they can be reflected into the projection (H, J): queries and keys share them."""
+        return self.fixed_angle() if self.offset is None else None
+
+    def fixed_angle(self) -> Tensor | None:
+        """The keys' block angles where they do not depend on the tokens (H, J)."""
         if self.theta is None:
             return None
         if self.config.modulation == "none":
@@ -203,3 +239,9 @@ def _start_angles(init: str, blocks: tuple[int, int]) -> Tensor:
     if init == "uniform":
         return torch.rand(blocks) * math.pi  # a mirror at t + pi is the mirror at t
     return NEUTRAL_ANGLE + NEUTRAL_NOISE * torch.randn(blocks)
+
+
+def _start_offsets(count: int, blocks: tuple[int, int]) -> Tensor:
+    """(count, H, J): evenly over half a turn, after which a mirror is itself again."""
+    turns = math.pi / count * torch.arange(count, dtype=torch.float32)
+    return turns[:, None, None] + NEUTRAL_NOISE * torch.randn(count, *blocks)

@@ -7,17 +7,18 @@ from mirrorla import MirrorAttention, MirrorConfig
 from mirrorla.kernels.reference import mirror_linear_attention
 
 ALL_CONFIGS = [
-    MirrorConfig(modulation=modulation, cross_head=cross, block_mirror=blocks, power=power, two_sided=power > 1)
+    MirrorConfig(modulation=modulation, cross_head=cross, block_mirror=blocks, power=power, query_mirrors=count)
     for modulation in ("none", "instance", "ema")
     for cross in (False, True)
     for blocks in (False, True)
-    for power in (1.0, 2.0)
-    if blocks or modulation == "none"
+    for power, count in ((1.0, 1), (2.0, 1), (2.0, 2))
+    if blocks or (modulation == "none" and count == 1)
 ]
 
 
 def name(config):
-    return f"{config.modulation}-cross{config.cross_head:d}-block{config.block_mirror:d}-p{config.power:g}"
+    mirrors = f"cross{config.cross_head:d}-block{config.block_mirror:d}x{config.query_mirrors}"
+    return f"{config.modulation}-{mirrors}-p{config.power:g}"
 
 
 def layer(dim=24, num_heads=3, seed=0, **options):
@@ -51,8 +52,11 @@ def test_folding_is_exact(config):
     attention.eval()
     folded = attention.fold()
     assert (folded(tokens(), (4, 5)) - attention(tokens(), (4, 5))).abs().max() < 1e-5
-    left = [n for n, _ in folded.named_parameters() if n.startswith("mirrors.")]
-    assert left == (["mirrors.theta", "mirrors.gain", "mirrors.centre"] if config.modulation == "instance" else [])
+    left = {n for n, _ in folded.named_parameters() if n.startswith("mirrors.")}
+    several, modulated = config.query_mirrors > 1, config.modulation != "none"
+    stays = {"theta": several or config.modulation == "instance", "offset": several}
+    stays |= dict.fromkeys(("gain", "centre"), modulated and (several or config.modulation == "instance"))
+    assert left == {f"mirrors.{name}" for name, is_there in stays.items() if is_there}
 
 
 def test_folding_leaves_the_original_alone():
@@ -220,6 +224,15 @@ def test_no_weight_decay_names_every_mirror_parameter():
         (lambda: MirrorAttention(16, 2, kind="sofmax"), "'sofmax' is unknown"),
         (lambda: MirrorConfig(modulation="batch"), "'batch' is unknown: choose one of none, instance, ema"),
         (lambda: MirrorConfig(init="random"), "'random' is unknown"),
+        (
+            lambda: MirrorConfig(query_mirrors=0),
+            "query_mirrors 0 must be 1, the paper's, or with mirror.block_mirror more",
+        ),
+        (lambda: MirrorConfig(modulation="none", block_mirror=False, query_mirrors=2), "query_mirrors 2 must be 1"),
+        (
+            lambda: MirrorAttention(24, 3, mirror=MirrorConfig(query_mirrors=3)),
+            "query_mirrors 3 does not divide the head width 8: give a divisor",
+        ),
         (lambda: MirrorConfig(power=0.5), "power 0.5 is below 1"),
         (lambda: MirrorConfig(power=float("nan")), "power nan"),
         (lambda: MirrorConfig(block_mirror=False), 'set modulation to "none"'),

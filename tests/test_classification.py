@@ -168,12 +168,12 @@ def test_options_are_refused_with_their_value(options, message):
 
 def test_a_card_from_before_an_option_of_the_mirrors_means_its_default():
     written = ModelCard.of("classification", BackboneConfig("mirrorla_pico"), 4, False, []).to_dict()
-    assert written["mirror"].pop("two_sided") is False
+    assert written["mirror"].pop("query_mirrors") == 1
     expected = ModelCard.of("classification", BackboneConfig("mirrorla_pico"), 4, False, [])
     assert expected.matched({ModelCard.KEY: written}) == expected
-    two_sided = BackboneConfig("mirrorla_pico", mirror=MirrorConfig(two_sided=True))
+    several = BackboneConfig("mirrorla_pico", mirror=MirrorConfig(query_mirrors=2))
     with pytest.raises(ValueError, match=r"checkpoint's mirror is .*change --model.backbone.mirror"):
-        ModelCard.of("classification", two_sided, 4, False, []).matched({ModelCard.KEY: written})
+        ModelCard.of("classification", several, 4, False, []).matched({ModelCard.KEY: written})
 
 
 def test_schedule_without_datamodule_is_refused(tmp_path, data):

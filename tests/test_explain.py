@@ -49,20 +49,23 @@ def test_weights_times_values_are_what_the_layer_attends_to(power, modulation):
     torch.testing.assert_close(found, whole[:, queries], rtol=1e-4, atol=1e-5)
 
 
-def test_two_sided_weights_are_the_mean_of_both_sides():
+@pytest.mark.parametrize("modulation", ["none", "instance", "ema"])
+def test_weights_of_several_mirrors_are_their_mean(modulation):
     torch.manual_seed(0)
-    layer = Layer(mirror=MirrorConfig(power=2.0, two_sided=True, init="uniform"))
+    layer = Layer(mirror=MirrorConfig(modulation=modulation, power=2.0, query_mirrors=4, init="uniform")).eval()
     images = torch.randn(2, 16, 3, 5)
     ((attention, probe),) = probe_layers(layer, images)
     q, k, v, _ = attention.project(images.flatten(2).mT)
-    options = {"mirror": attention.mirrors.token_tables(q, k, None, None), "power": 2.0}
-    options |= dict.fromkeys(("q_rope", "k_rope"), attention.rope((3, 5), images.device))
-    whole = mirror_linear_attention(q, k, v, two_sided=True, **options)
-    one_by_one = [mirror_linear_attention(side, k, v, **options) for side in (q, -q)]
-    torch.testing.assert_close(whole, torch.cat((one_by_one[0][..., :4], one_by_one[1][..., 4:]), -1))
+    tables = attention.mirrors.token_tables(q, k, None, None)
+    mirrors = attention.mirrors.query_tables(tables)
+    options = {"mirror": tables, "power": 2.0, **dict.fromkeys(("q_rope", "k_rope"), attention.rope((3, 5), q.device))}
+    whole = mirror_linear_attention(q, k, v, query_mirrors=mirrors, **options)
+    one_by_one = [mirror_linear_attention(q, k, v, query_mirrors=[one], **options) for one in mirrors]
+    shares = [one.chunk(4, -1)[place] for place, one in enumerate(one_by_one)]
+    torch.testing.assert_close(whole, torch.cat(shares, -1))
     weights = attention_weights(attention, probe, torch.arange(15))
     found = torch.einsum("bhnm,bmhd->bnhd", weights, probe.v)
-    torch.testing.assert_close(found, (one_by_one[0] + one_by_one[1]) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, torch.stack(one_by_one).mean(0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", PEERS)

@@ -108,9 +108,9 @@ def test_torch_program_holds_no_operator_of_ours(classifiers):
 
 
 @pytest.mark.parametrize("modulation", ["none", "ema", "instance"])
-@pytest.mark.parametrize("kind", ["mirror", "softmax"])
-def test_folding_and_the_portable_attention_change_nothing(modulation, kind):
-    config = MirrorConfig(modulation=modulation, power=2.0, two_sided=modulation != "ema")
+@pytest.mark.parametrize("kind,count", [("mirror", 1), ("mirror", 4), ("softmax", 1)])
+def test_folding_and_the_portable_attention_change_nothing(modulation, kind, count):
+    config = MirrorConfig(modulation=modulation, power=2.0, query_mirrors=count)
     torch.manual_seed(1)
     model = create_backbone("mirrorla_pico", num_classes=4, mirror=config, attention=("mirror", "mirror", kind, kind))
     model.eval()
@@ -125,8 +125,8 @@ def test_folding_and_the_portable_attention_change_nothing(modulation, kind):
             torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
     left = [name for name, _ in merged.named_parameters() if ".mirrors." in name]
     assert not [name for name in left if name.endswith(".u")]
-    assert bool(left) == (modulation == "instance")
-    assert folded_mirrors(config).block_mirror == (modulation == "instance")
+    assert bool(left) == (modulation == "instance" or count > 1)
+    assert folded_mirrors(config).block_mirror == (modulation == "instance" or count > 1)
 
 
 @pytest.mark.parametrize("name", ["safetensors", "onnx"])

@@ -20,14 +20,16 @@ OPTIONS = list(itertools.product(("images", "one", None), (True, False), (True, 
 
 
 @pytest.mark.parametrize("block", [2**19, 48], ids=["whole", "blocks"])
-@pytest.mark.parametrize("two_sided", [False, True], ids=["one", "two"])
+@pytest.mark.parametrize("shares", [1, 3], ids=["one", "three"])
 @pytest.mark.parametrize("power", [1.0, 2.0, 1.5], ids=lambda p: f"p{p:g}")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32", "bf16"])
 @pytest.mark.parametrize("mirror,rope,mask", OPTIONS)
-def test_output_and_every_gradient_are_the_references(mirror, rope, mask, dtype, power, two_sided, block, monkeypatch):
+def test_output_and_every_gradient_are_the_references(mirror, rope, mask, dtype, power, shares, block, monkeypatch):
     monkeypatch.setattr(blocks, "CPU_BLOCK", block)
     tensors, options = case(dtype=dtype, mirror=mirror, rope=rope, mask=mask)
-    options |= {"power": power, "two_sided": two_sided, "eps": 1e-2}
+    options |= {"power": power, "eps": 1e-2}
+    if shares > 1:
+        options["query_mirrors"] = [case(dtype=dtype, seed=seed)[1]["mirror"] for seed in range(1, 1 + shares)]
     exact = results(reference.mirror_linear_attention, [x.double() for x in tensors], options)
     found = results(op.mirror_linear_attention, tensors, options)
     assert found["out"].is_contiguous() and found["out"].dtype == dtype
@@ -214,7 +216,9 @@ ROPE = OPTIONS_OF_ERRORS["q_rope"]
         ((Q, K.to("meta"), V.to("meta")), {}, "k is on meta and q on cpu"),
         ((Q, K, V), {"eps": -1e-6}, "eps -1e-06 must be 0 or more, for example 1e-6"),
         ((Q, K, V), {"eps": float("nan")}, "eps nan must be 0 or more"),
-        ((Q, K, V[..., :5]), {"two_sided": True}, "v .* has 5 channels: two_sided halves them, choose an even number"),
+        ((Q, K, V), {"query_mirrors": [(COS, SIN)] * 4}, "query_mirrors are 4, no divisor of the 6 channels of v"),
+        ((Q, K, V), {"query_mirrors": []}, "query_mirrors are 0, no divisor of the 6 channels of v"),
+        ((Q, K, V), {"query_mirrors": [(COS[:, :2], SIN)]}, r"mirror tables must be \(2 or 1, 3, 4\) for q"),
         ((Q, K, V), {"power": 0.5}, "power 0.5 is below 1: choose 1"),
         ((Q, K, V), {"mirror": (COS[:, :2], SIN)}, r"mirror tables must be \(2 or 1, 3, 4\) for q .*, got \(2, 2, 4\)"),
         ((Q, K, V), {"mirror": (COS, SIN.to("meta"))}, r"a table of shape \(2, 3, 4\) is on meta and q on cpu"),

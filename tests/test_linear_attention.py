@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mirrorla.kernels.reference import apply_state, feature_map, kv_state, mirror_linear_attention
+from mirrorla.mirrors import block_mirror
 from mirrorla.positions import rope_tables, rotate
 
 
@@ -21,6 +22,13 @@ def quadratic(q, k, v, mirror=None, q_rope=None, k_rope=None, mask=None, power=1
     return torch.einsum("bhnm,bmhe->bnhe", weights, v)
 
 
+def read_through(mirror_of_queries, q, k, v, *, mirror, **options):
+    """`quadratic` with a mirror of the queries' own: both are reflected beforehand, and nothing inside."""
+    reflected_q = block_mirror(q, *(table.unsqueeze(1) for table in mirror_of_queries))
+    reflected_k = k if mirror is None else block_mirror(k, *(table.unsqueeze(1) for table in mirror))
+    return quadratic(reflected_q, reflected_k, v, **options)
+
+
 def inputs(B=2, N=7, M=9, H=3, dk=8, dv=6, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(B, n, H, dk, dtype=dtype, generator=generator) for n in (N, M))
@@ -33,9 +41,9 @@ def inputs(B=2, N=7, M=9, H=3, dk=8, dv=6, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 @pytest.mark.parametrize("roped", [False, True], ids=["plain", "roped"])
 @pytest.mark.parametrize("mirrored", [False, True], ids=["relu", "mirror"])
-@pytest.mark.parametrize("two_sided", [False, True], ids=["one", "two"])
+@pytest.mark.parametrize("shares", [1, 3], ids=["one", "three"])
 @pytest.mark.parametrize("N,M", [(1, 1), (7, 9), (12, 4)], ids=lambda n: f"N{n}")
-def test_linear_form_equals_the_quadratic_form(N, M, two_sided, mirrored, roped, masked, power):
+def test_linear_form_equals_the_quadratic_form(N, M, shares, mirrored, roped, masked, power):
     q, k, v, mirror = inputs(N=N, M=M)
     options = {
         "mirror": mirror if mirrored else None,
@@ -45,21 +53,24 @@ def test_linear_form_equals_the_quadratic_form(N, M, two_sided, mirrored, roped,
         "power": power,
     }
     expected = quadratic(q, k, v, **options)
-    if two_sided:
-        expected = torch.cat((expected[..., :3], quadratic(-q, k, v, **options)[..., 3:]), -1)
-    found = mirror_linear_attention(q, k, v, two_sided=two_sided, **options)
+    if shares > 1:
+        options["query_mirrors"] = [inputs(seed=seed)[3] for seed in range(1, 1 + shares)]
+        parts = [
+            read_through(
+                one, q, k, part, **{name: options[name] for name in ("mirror", "q_rope", "k_rope", "mask", "power")}
+            )
+            for one, part in zip(options["query_mirrors"], v.chunk(shares, -1), strict=True)
+        ]
+        expected = torch.cat(parts, -1)
+    found = mirror_linear_attention(q, k, v, **options)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_other_side_of_a_query_is_the_mirror_at_a_right_angle():
-    q, k, v, (cos, sin) = inputs()
+def test_what_one_mirror_cuts_off_a_query_the_one_at_a_right_angle_keeps():
+    q, _, _, (cos, sin) = inputs()
     angle = torch.atan2(sin, cos) / 2 + torch.pi / 2
-    turned = (torch.cos(2 * angle), torch.sin(2 * angle))
-    S, s, _ = kv_state(k, v, mirror=(cos, sin))
-    found = mirror_linear_attention(q, k, v, mirror=(cos, sin), two_sided=True)[..., 3:]
-    torch.testing.assert_close(found, apply_state(q, S, s, mirror=turned)[..., 3:])
-    both = feature_map(q, (cos, sin)).square() + feature_map(q, turned).square()
-    torch.testing.assert_close(both.sum(-1), q.square().sum(-1))  # nothing of a query is cut off
+    both = feature_map(q, (cos, sin)).square() + feature_map(q, (torch.cos(2 * angle), torch.sin(2 * angle))).square()
+    torch.testing.assert_close(both.sum(-1), q.square().sum(-1))
 
 
 def test_gradients_agree_with_finite_differences():

@@ -5,6 +5,8 @@ Shapes: B images, N queries, M keys, H heads, dk and dv channels, J = dk/2 block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,14 +62,18 @@ def check_pair(q: Tensor, k: Tensor, q_rope: Tables | None, k_rope: Tables | Non
         raise ValueError(f"{missing} is missing: positions need the tables of both queries and keys, or of neither")
 
 
-def check_halves(v: Tensor) -> None:
-    """Hold values to being cut in two.
+def check_shares(q: Tensor, v: Tensor, mirrors: Sequence[Tables], rope: Tables | None, power: float) -> None:
+    """Hold the queries' mirrors, one for each share of the values, to both.
 
     Raises:
-        ValueError: an odd number of channels.
+        ValueError: for the first argument that does not fit.
     """
-    if v.shape[-1] % 2:
-        raise ValueError(f"v {tuple(v.shape)} has {v.shape[-1]} channels: two_sided halves them, choose an even number")
+    if not mirrors or v.shape[-1] % len(mirrors):
+        raise ValueError(
+            f"query_mirrors are {len(mirrors)}, no divisor of the {v.shape[-1]} channels of v: give a divisor"
+        )
+    for mirror in mirrors:
+        _check_map("q", q, mirror, rope, power)
 
 
 def check_state(q: Tensor, S: Tensor, s: Tensor) -> None:

@@ -11,6 +11,8 @@ Shapes: B images, N queries, M keys, H heads, dk and dv channels, J = dk/2 block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -28,16 +30,16 @@ def mirror_linear_attention(
     q_rope: Tables | None = None,
     k_rope: Tables | None = None,
     mask: Tensor | None = None,
+    query_mirrors: Sequence[Tables] | None = None,
     power: float = 1.0,
-    two_sided: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
     """Non-causal linear attention over mirrored features, at a cost linear in N and M.
 
     y_n = rope(phi(q_n)) S / (phi(q_n)·s + eps) with phi(x) = ReLU(mirror(x))^power, S = mean_m rope(phi(k_m)) v_m^T and
-    s = mean_m phi(k_m); with `two_sided`, -q_n reads the second half of the values. All sums are fp32 (float64 for
-    float64 inputs), also under autocast, where q, k and v of different dtypes are first cast to autocast's.
-    Differentiable to any order in q, k, v and the mirror tables.
+    s = mean_m phi(k_m). With `query_mirrors` every equal share of the value channels is read through a mirror of the
+    query of its own. All sums are fp32 (float64 for float64 inputs), also under autocast, where q, k and v of different
+    dtypes are first cast to autocast's. Differentiable to any order in q, k, v and the mirror tables.
 
     Args:
         q: queries (B, N, H, dk), any strides; the Triton kernels need a last stride of 1 and dk, dv from 8 to 128.
@@ -47,8 +49,9 @@ def mirror_linear_attention(
         q_rope: rotary tables of the queries (N, J), without gradient; only together with k_rope.
         k_rope: rotary tables of the keys (M, J).
         mask: True for the keys that count (B, M); the others do not matter even if they are inf or nan.
+        query_mirrors: one for each share of the value channels, instead of `mirror` for the queries; dv is divisible by
+            their number.
         power: exponent of the map, >= 1.
-        two_sided: dv is even, and what ReLU cuts off a query reads the second half of its channels.
         eps: added to the denominator, >= 0.
 
     Returns:
@@ -57,21 +60,21 @@ def mirror_linear_attention(
     Raises:
         ValueError: an argument that does not fit, in one line.
     """
-    _refuse_forward_mode(q, k, v, *(mirror or ()))
+    _refuse_forward_mode(q, k, v, *(mirror or ()), *(table for one in query_mirrors or () for table in one))
     q, k, v = _autocast(q, k, v)
     arguments.check_queries(q, mirror, q_rope, power, eps)
     arguments.check_keys(k, v, mirror, k_rope, mask, power)
     arguments.check_pair(q, k, q_rope, k_rope)
     mirrors, q_tables, k_tables = _wide(mirror, q), _wide(q_rope, q), _wide(k_rope, q)
-    if not two_sided:
+    if query_mirrors is None:
         return operators.attention(q, k, v, *mirrors, *q_tables, *k_tables, mask, float(power), float(eps))[0]
-    arguments.check_halves(v)
+    arguments.check_shares(q, v, query_mirrors, q_rope, power)
     S, s = operators.kv_state(k, v, *mirrors, *k_tables, mask, float(power))
-    halves = [
-        operators.apply_state(side, half, s, *mirrors, *q_tables, float(power), float(eps))
-        for side, half in zip((q, -q), S.chunk(2, -1), strict=True)
+    shares = [
+        operators.apply_state(q, share, s, *_wide(one, q), *q_tables, float(power), float(eps))
+        for one, share in zip(query_mirrors, S.chunk(len(query_mirrors), -1), strict=True)
     ]
-    return torch.cat(halves, -1)
+    return torch.cat(shares, -1)
 
 
 def kv_state(

@@ -15,6 +15,7 @@ non-negative numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -120,8 +121,8 @@ def mirror_linear_attention(
     q_rope: Tables | None = None,
     k_rope: Tables | None = None,
     mask: Tensor | None = None,
+    query_mirrors: Sequence[Tables] | None = None,
     power: float = 1.0,
-    two_sided: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
     """Non-causal linear attention over mirrored features, at a cost linear in N and M.
@@ -134,8 +135,8 @@ def mirror_linear_attention(
         q_rope: rotary tables of the queries (N, dk/2).
         k_rope: rotary tables of the keys (M, dk/2).
         mask: True for the keys that count (B, M).
+        query_mirrors: one for each share of the value channels, instead of `mirror` for the queries.
         power: exponent of the map.
-        two_sided: read the second half of the value channels with -q.
         eps: added to the denominator.
 
     Returns:
@@ -143,11 +144,12 @@ def mirror_linear_attention(
     """
     with without_autocast(q.device.type):  # fp32 sums: see the head of the file
         state, key_mean, _ = kv_state(k, v, mirror=mirror, rope=k_rope, mask=mask, power=power)
-        sides = zip((q, -q), state.chunk(2, -1), strict=True) if two_sided else [(q, state)]
-        parts = [
-            apply_state(side, part, key_mean, mirror=mirror, rope=q_rope, power=power, eps=eps) for side, part in sides
+        mirrors = (mirror,) if query_mirrors is None else query_mirrors
+        shares = [
+            apply_state(q, share, key_mean, mirror=one, rope=q_rope, power=power, eps=eps)
+            for one, share in zip(mirrors, state.chunk(len(mirrors), -1), strict=True)
         ]
-        return torch.cat(parts, -1)
+        return torch.cat(shares, -1)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
