@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.common import RESULTS, write_csv
@@ -27,6 +27,9 @@ from lightning_modules.paired import paired_difference, summary
 from lightning_modules.tensorboard import SCORES
 
 MAPS = ("mirror", "relu", "elu", "focused", "polar", "norm_aware", "softmax")
+SEVERAL = "mirror x4"
+"""Mirrors of kind "mirror" with four of the queries, at power 2."""
+_ROWS = (MAPS[0], SEVERAL, *MAPS[1:])
 Row = dict[str, str]
 Scores = Mapping[str, Mapping[int, float]]
 """Score in percent of each setting, seed by seed; the first setting is the reference."""
@@ -43,6 +46,7 @@ class Task:
         options: of the training, beside the configuration.
         labels: of the values in tables; none means the values themselves.
         pack: of `mirrorla shards pack`, for a smaller dataset than the configuration's own.
+        table: name of the task whose rows these join; none means a task of its own.
     """
 
     config: str
@@ -51,6 +55,7 @@ class Task:
     options: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     pack: tuple[str, ...] = ()
+    table: str = ""
 
 
 _PARTS = {
@@ -66,6 +71,12 @@ _PARTS = {
     "power 2": "{power: 2.0}",
     "power 3": "{power: 3.0}",
     "power 4": "{power: 4.0}",
+}
+_SEVERAL = "{power: 2.0, query_mirrors: 4}"
+_MORE_PARTS = {
+    "2 query mirrors, power 2": "{power: 2.0, query_mirrors: 2}",
+    "4 query mirrors": "{query_mirrors: 4}",
+    "4 query mirrors, power 2": _SEVERAL,
 }
 _SHOWN_AT_32 = ("--data.train_transform.image_size", "32", "--data.eval_transform.image_size", "32")
 _SCENES = ("--source", "digits", "--scenes", "1000", "--task")
@@ -83,8 +94,11 @@ TASKS = {
         options=("--data.path", "data/fashion-mnist-10k", "--trainer.max_epochs", "2", *_SHOWN_AT_32),
     ),
     "fashion": Task("fashion_mnist/classification", over="attention=mirror,relu", seeds="0"),
-    "fashion, at 32": Task(
-        "fashion_mnist/classification", over="attention=mirror,relu", seeds="0", options=_SHOWN_AT_32
+    "fashion, 6 epochs at 32": Task(
+        "fashion_mnist/classification",
+        over="attention=mirror,relu",
+        seeds="0",
+        options=("--trainer.max_epochs", "6", *_SHOWN_AT_32),
     ),
     "segmentation": Task(
         "digits/segmentation",
@@ -100,6 +114,16 @@ TASKS = {
     ),
     "parts of mirror, counting": Task("digits/counting", over=_PARTS_OVER, labels=tuple(_PARTS)),
     "parts of mirror, digits": Task("digits/classification", over=_PARTS_OVER, seeds="0", labels=tuple(_PARTS)),
+    "more parts of mirror, counting": Task(
+        "digits/counting",
+        over=f"model.backbone.mirror={','.join(_MORE_PARTS.values())}",
+        labels=tuple(_MORE_PARTS),
+        table="parts of mirror, counting",
+    ),
+}
+TASKS |= {
+    f"{name}, {SEVERAL}": replace(TASKS[name], over=f"model.backbone.mirror={_SEVERAL}", labels=(SEVERAL,), table=name)
+    for name in ("counting", "recall", "digits", "fashion-10k", "segmentation", "detection")
 }
 """By the name in results/maps.csv."""
 
@@ -123,7 +147,7 @@ def rows_of(name: str, root: Path) -> list[Row]:
     metric = next(name for name in SCORES if name in found[0])
     return [
         {
-            "task": name,
+            "task": TASKS[name].table or name,
             "setting": labels.get(row[key], row[key]),
             "seed": row["seed"],
             "state": row["state"],
@@ -135,6 +159,19 @@ def rows_of(name: str, root: Path) -> list[Row]:
         }
         for row in found
     ]
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """All rows, the new ones in place of old ones of the same task and setting.
+
+    Args:
+        old: of maps.csv.
+        new: of one task, or of some of its settings.
+    """
+    made = {(row["task"], row["setting"]) for row in new}
+    kept = [row for row in old if (row["task"], row["setting"]) not in made]
+    place = next((n for n, row in enumerate(old) if (row["task"], row["setting"]) in made), len(kept))
+    return [*kept[:place], *new, *kept[place:]]
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -151,7 +188,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         if row["score"]:
             by_setting = scores.setdefault(row["task"], {})
             by_setting.setdefault(row["setting"], {})[int(row["seed"])] = 100 * float(row["score"])
-    tasks = {task: found for task, found in scores.items() if set(found) <= set(MAPS)}
+    tasks = {task: found for task, found in scores.items() if set(found) <= {*MAPS, SEVERAL}}
     metrics = {row["task"]: SCORES[row["metric"]] for row in rows}
     counts = {task: max(map(len, found.values())) for task, found in tasks.items()}
     seeds = {task: f"{count} seed{'s' * (count > 1)}" for task, count in counts.items()}
@@ -159,7 +196,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         f"| % | {' | '.join(f'{task}: {metrics[task]}, {seeds[task]}' for task in tasks)} |",
         "|---" * (len(tasks) + 1) + "|",
     ]
-    lines += [f"| {name} | {' | '.join(_cell(found, name) for found in tasks.values())} |" for name in MAPS]
+    lines += [f"| {name} | {' | '.join(_cell(found, name) for found in tasks.values())} |" for name in _ROWS]
     lines += ["", *(_separates(task, found) for task, found in tasks.items() if {"softmax", "relu"} <= found.keys())]
     for task, found in scores.items():
         if task not in tasks and len(found[_first(found)]) > 1:
@@ -222,7 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if code := subprocess.run(command, check=False).returncode:
                 return code
         old = list(csv.DictReader(args.output.open(newline=""))) if args.output.exists() else []
-        write_csv(args.output, [row for row in old if row["task"] != name] + rows_of(name, args.runs / folder(name)))
+        new = rows_of(name, args.runs / folder(name))
+        write_csv(args.output, merged(old, new))
     return 0
 
 

@@ -66,6 +66,20 @@ def test_values_of_mirrors_stand_under_their_labels(tmp_path: Path):
     assert found["setting"] == "block only, static"
 
 
+def test_settings_of_one_table_may_be_trained_by_several_tasks(tmp_path: Path):
+    (tmp_path / "results.csv").write_text(
+        "model.backbone.mirror,seed,state,top1,commit,device,torch\n"
+        '"{power: 2.0, query_mirrors: 4}",0,finished,0.5,c,cpu,2\n'
+    )
+    (found,) = maps.rows_of("counting, mirror x4", tmp_path)
+    assert (found["task"], found["setting"]) == ("counting", "mirror x4")
+    old = [*rows({"mirror": [0.7, 0.8], "mirror x4": [0.1, 0.2], "relu": [0.6, 0.7]}), *rows({"relu": [0.5]}, "recall")]
+    new = rows({"mirror x4": [0.8, 0.9]})
+    assert maps.merged(old, new) == [*old[:2], *new, *old[4:]]
+    assert maps.merged(old[:2], new) == [*old[:2], *new]
+    assert "| mirror x4 | 85.0 ± 7.1 * | – |" in maps.table(maps.merged(old, new))
+
+
 def test_an_unknown_task_is_named(capsys):
     with pytest.raises(SystemExit) as stopped:
         maps.main(["countings"])
