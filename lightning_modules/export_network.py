@@ -151,12 +151,7 @@ def _mirror_attention(
     # Means on both sides: a number of tokens turned into a float would be fixed in the program.
     roped = phi_k if rope is None else rotate(phi_k, *rope)
     state = torch.einsum("bmhd,bmhe->bhde", roped, v) / k.shape[1]
-    mean, mirrors = phi_k.mean(1), (mirror,) if query_mirrors is None else query_mirrors
-    shares = [
-        reference.apply_state(q, share, mean, mirror=one, rope=rope, power=power)
-        for one, share in zip(mirrors, state.chunk(len(mirrors), -1), strict=True)
-    ]
-    return torch.cat(shares, -1)
+    return reference.read(q, state, phi_k.mean(1), query_mirrors or (mirror,), rope=rope, power=power)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, rope: Tables | None) -> Tensor:

@@ -144,12 +144,37 @@ def mirror_linear_attention(
     """
     with without_autocast(q.device.type):  # fp32 sums: see the head of the file
         state, key_mean, _ = kv_state(k, v, mirror=mirror, rope=k_rope, mask=mask, power=power)
-        mirrors = (mirror,) if query_mirrors is None else query_mirrors
-        shares = [
-            apply_state(q, share, key_mean, mirror=one, rope=q_rope, power=power, eps=eps)
-            for one, share in zip(mirrors, state.chunk(len(mirrors), -1), strict=True)
-        ]
-        return torch.cat(shares, -1)
+        return read(q, state, key_mean, query_mirrors or (mirror,), rope=q_rope, power=power, eps=eps)
+
+
+def read(
+    q: Tensor,
+    state: Tensor,
+    key_mean: Tensor,
+    mirrors: Sequence[Tables | None],
+    *,
+    rope: Tables | None = None,
+    power: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Read equal shares of a state's value channels, each through a mirror of the queries of its own.
+
+    Args:
+        q: queries (B, N, H, dk).
+        state: S (B, H, dk, dv) of `kv_state`.
+        key_mean: s (B, H, dk) of `kv_state`.
+        mirrors: of the queries, one for each share; one alone reads everything.
+        rope: rotary tables (N, dk/2).
+        power: exponent of the map.
+        eps: added to the denominators.
+
+    Returns:
+        (B, N, H, dv) in q's dtype.
+    """
+    shares = zip(mirrors, state.chunk(len(mirrors), -1), strict=True)
+    return torch.cat(
+        [apply_state(q, share, key_mean, mirror=one, rope=rope, power=power, eps=eps) for one, share in shares], -1
+    )
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
