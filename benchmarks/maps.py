@@ -29,7 +29,7 @@ from lightning_modules.tensorboard import SCORES
 MAPS = ("mirror", "relu", "elu", "focused", "polar", "norm_aware", "softmax")
 SEVERAL = "mirror x4"
 """Mirrors of kind "mirror" with four of the queries, at power 2."""
-_ROWS = (MAPS[0], SEVERAL, *MAPS[1:])
+_COLUMNS = (MAPS[0], SEVERAL, *MAPS[1:])
 Row = dict[str, str]
 Scores = Mapping[str, Mapping[int, float]]
 """Score in percent of each setting, seed by seed; the first setting is the reference."""
@@ -87,6 +87,7 @@ TASKS = {
     "counting, lr 1e-3": Task("digits/counting", seeds="0,1,2", options=("--model.optim.lr", "1e-3")),
     "counting, lr 4e-3": Task("digits/counting", seeds="0,1,2", options=("--model.optim.lr", "4e-3")),
     "recall": Task("digits/recall", options=("--trainer.max_epochs", "1")),
+    "recall, 3 epochs": Task("digits/recall", over="attention=mirror,polar", seeds="0,1"),
     "digits": Task("digits/classification"),
     "fashion-10k": Task(
         "fashion_mnist/classification",
@@ -94,6 +95,12 @@ TASKS = {
         options=("--data.path", "data/fashion-mnist-10k", "--trainer.max_epochs", "2", *_SHOWN_AT_32),
     ),
     "fashion": Task("fashion_mnist/classification", over="attention=mirror,relu", seeds="0"),
+    "fashion, 6 epochs": Task(
+        "fashion_mnist/classification",
+        over="attention=mirror,relu",
+        seeds="0",
+        options=("--trainer.max_epochs", "6"),
+    ),
     "fashion, 6 epochs at 32": Task(
         "fashion_mnist/classification",
         over="attention=mirror,relu",
@@ -123,7 +130,7 @@ TASKS = {
 }
 TASKS |= {
     f"{name}, {SEVERAL}": replace(TASKS[name], over=f"model.backbone.mirror={_SEVERAL}", labels=(SEVERAL,), table=name)
-    for name in ("counting", "recall", "digits", "fashion-10k", "segmentation", "detection")
+    for name in ("counting", "recall", "recall, 3 epochs", "digits", "fashion-10k", "segmentation", "detection")
 }
 """By the name in results/maps.csv."""
 
@@ -181,7 +188,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         rows: of maps.csv.
 
     Returns:
-        Markdown lines: maps down and their tasks across, then one table for each other task of several seeds.
+        Markdown lines: tasks down and maps across, then one table for each other task of several seeds.
     """
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
@@ -191,12 +198,11 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     tasks = {task: found for task, found in scores.items() if set(found) <= {*MAPS, SEVERAL}}
     metrics = {row["task"]: SCORES[row["metric"]] for row in rows}
     counts = {task: max(map(len, found.values())) for task, found in tasks.items()}
-    seeds = {task: f"{count} seed{'s' * (count > 1)}" for task, count in counts.items()}
-    lines = [
-        f"| % | {' | '.join(f'{task}: {metrics[task]}, {seeds[task]}' for task in tasks)} |",
-        "|---" * (len(tasks) + 1) + "|",
+    lines = [f"| % | seeds | {' | '.join(_COLUMNS)} |", "|---" * (len(_COLUMNS) + 2) + "|"]
+    lines += [
+        f"| {task}: {metrics[task]} | {counts[task]} | {' | '.join(_cell(found, name) for name in _COLUMNS)} |"
+        for task, found in tasks.items()
     ]
-    lines += [f"| {name} | {' | '.join(_cell(found, name) for found in tasks.values())} |" for name in _ROWS]
     lines += ["", *(_separates(task, found) for task, found in tasks.items() if {"softmax", "relu"} <= found.keys())]
     for task, found in scores.items():
         if task not in tasks and len(found[_first(found)]) > 1:

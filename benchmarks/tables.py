@@ -101,8 +101,7 @@ def digits_table(rows: Rows) -> list[str]:
         minutes = f"{max(float(row['wall_s']) for row in found) / 60:.1f} min"
         seeds = ", ".join(row["seed"] for row in found)
         lines.append(f"| digits/{config} | {found[0]['epochs']} | {seeds} | {'; '.join(cells)} | {minutes} |")
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return [*lines, "", _source("digits", {**rows[-1], "commit": commits})]
+    return [*lines, "", _source("digits", *rows)]
 
 
 def checkpoint_table(rows: Rows) -> list[str]:
@@ -233,7 +232,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "evaluation": evaluation_table,
     "loader": loader_table,
     "loader_scale": scale_table,
-    "maps": lambda rows: [*maps.table(rows), "", _source("maps", rows[0])],
+    "maps": lambda rows: [*maps.table(rows), "", _source("maps", *rows)],
 }
 
 FIGURES: dict[str, Callable[[Rows, Path], None]] = {
@@ -280,9 +279,11 @@ def _rows(name: str) -> Rows:
         return list(csv.DictReader(file))
 
 
-def _source(name: str, row: Mapping[str, str]) -> str:
+def _source(name: str, *rows: Mapping[str, str]) -> str:
+    """Where a table's figures come from; of several rows the last one's machine, and every commit."""
+    row, commits = rows[-1], ", ".join(dict.fromkeys(row["commit"] for row in rows))
     threads = f", {row['threads']} thread{'s' * (row['threads'] != '1')}" if row["threads"] else ""
-    where = f"{row['device']}{threads}, torch {row['torch']}, Python {row['python']}, commit {row['commit']}"
+    where = f"{row['device']}{threads}, torch {row['torch']}, Python {row['python']}, commit {commits}"
     return f"[{name}.csv](benchmarks/results/{name}.csv): {where}."
 
 

@@ -49,7 +49,9 @@ def test_a_skipped_sample_changes_no_gradient_but_its_share(tmp_path, kind):
     without = {key: value[:2] for key, value in batch.items()}
     found, wanted = gradients(tmp_path, blank(batch, 2), kind), gradients(tmp_path, without, kind)
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, wanted[name] * 2 / 3, rtol=1e-4, atol=1e-7)
+        # Of the whole tensor: a convolution sums a batch of another size in another order, and single sums nearly cancel.
+        expected = wanted[name] * 2 / 3
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 def test_a_batch_of_skipped_samples_gives_zero_gradients(tmp_path):
