@@ -60,7 +60,7 @@ class MirrorConfig:
             raise ValueError(f"mirror.power {self.power} is below 1: choose 1 (the paper's map) or more")
         if self.query_mirrors < 1 or (self.query_mirrors > 1 and not self.block_mirror):
             raise ValueError(
-                f"mirror.query_mirrors {self.query_mirrors} must be 1, the paper's, or with mirror.block_mirror more"
+                f"mirror.query_mirrors {self.query_mirrors} must be 1 or more, and 1 without mirror.block_mirror"
             )
         if self.modulation != "none" and not self.block_mirror:
             raise ValueError(

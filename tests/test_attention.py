@@ -226,7 +226,7 @@ def test_no_weight_decay_names_every_mirror_parameter():
         (lambda: MirrorConfig(init="random"), "'random' is unknown"),
         (
             lambda: MirrorConfig(query_mirrors=0),
-            "query_mirrors 0 must be 1, the paper's, or with mirror.block_mirror more",
+            "query_mirrors 0 must be 1 or more, and 1 without mirror.block_mirror",
         ),
         (lambda: MirrorConfig(modulation="none", block_mirror=False, query_mirrors=2), "query_mirrors 2 must be 1"),
         (
