@@ -3,7 +3,7 @@
 # make rehearse a SLURM job's whole life on this machine: submit, preempt, queue again, resume, finish
 # make test     lint, types and the default tests
 # make results  README's tables and figures anew from benchmarks/results
-# make results-run    the benchmarks again on this CPU, and then make results
+# make results-run    the benchmarks again on this CPU, in 48 minutes on two cores, and then make results
 # make fashion-mnist  fetch and pack Fashion-MNIST into data/, from Debian's archive
 # make lint     lint and types alone
 # make format   let ruff mend what it can
