@@ -28,9 +28,9 @@ from torch import nn
 from benchmarks.common import RESULTS, chosen_device, measure, provenance, quantiles_ms, write_csv
 from benchmarks.overtaking import crossings, measure_layers
 from benchmarks.timing import MIB, peak_mib
+from mirrorla.attention import folded_copy
 from mirrorla.complexity import count_gmacs, count_parameters
 from mirrorla.feature_maps import KINDS
-from mirrorla.pyramid import MirrorPyramid
 
 OURS = ("mirrorla_tiny", "mirrorla_tiny:hybrid", "mirrorla_small", "mirrorla_small:hybrid")
 PEERS = ("pvt_v2_b1", "pvt_v2_b2", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "convnext_tiny")
@@ -167,8 +167,8 @@ def _measured(name: str, size: Size, batch: int, device: torch.device, budget_s:
     train()  # the optimizer's state is there before memory is weighed
     row |= _timed("", train, batch, 3 * weights, device, budget_s)  # weights and AdamW's two moments
     model.eval()
-    if isinstance(model, MirrorPyramid):
-        model = model.fold()
+    if name.startswith("mirrorla"):
+        model = folded_copy(model)
     return row | _timed("inference_", infer, batch, weights, device, budget_s)
 
 

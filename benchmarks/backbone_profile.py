@@ -15,12 +15,15 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-from benchmarks.backbone import BATCH_224, build, model_names
+from benchmarks.backbone import BATCH_224, build, model_names, shown
+from benchmarks.backbone import STEPS as KINDS_OF_STEP
 from benchmarks.common import RESULTS, provenance, write_csv
 from benchmarks.timing import unheard
 from mirrorla.complexity import count_gmacs
 
 MODELS = "mirrorla_small,pvt_v2_b2,swin_tiny_patch4_window7_224,convnext_tiny"
+OURS = "mirrorla_small"
+LIKE_OURS = ("mirrorla_small:hybrid", "pvt_v2_b2", "swin_tiny_patch4_window7_224", "deit_small_patch16_224")
 SIDE = 224
 STEPS = 3
 KINDS = {
@@ -99,6 +102,35 @@ def table(rows: Rows) -> list[str]:
             f"| {row['model']} | {per_gmac:.0f} | {' | '.join(f'{float(row[kind]) / total:.0%}' for kind in kinds)} |"
         )
     return lines
+
+
+def per_gmac_table(rows: Rows) -> list[str]:
+    """mirrorla_small's images/s times GMACs over those of others of its size: above 1 its GMACs take less time.
+
+    Args:
+        rows: of backbone_cpu.csv.
+
+    Returns:
+        Markdown lines; models that are not there are left out, and a dash stands where memory did not suffice.
+    """
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    by_place = {(row["model"], row["size"]): row for row in rows}
+    at = ", ".join(map(shown, sizes))
+    heads = (f"{kind} at {at}" for kind, *_ in KINDS_OF_STEP)
+    lines = [f"| {OURS}, throughput per GMAC over | {' | '.join(heads)} |", "|---|---:|---:|"]
+    for name in LIKE_OURS:
+        pairs = [(by_place.get((OURS, size)), by_place.get((name, size))) for size in sizes]
+        if all(ours and peer for ours, peer in pairs):
+            cells = (" / ".join(_ratio(ours, peer, rate) for ours, peer in pairs) for _, rate, _ in KINDS_OF_STEP)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ratio(ours: Mapping[str, str] | None, peer: Mapping[str, str] | None, rate: str) -> str:
+    if not (ours and peer and ours[rate] and peer[rate]):
+        return "–"
+    a, b = (float(row[rate]) * float(row["gmacs"]) for row in (ours, peer))
+    return f"{a / b:.2f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

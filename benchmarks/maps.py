@@ -73,11 +73,6 @@ _PARTS = {
     "power 4": "{power: 4.0}",
 }
 _SEVERAL = "{power: 2.0, query_mirrors: 4}"
-_MORE_PARTS = {
-    "2 query mirrors, power 2": "{power: 2.0, query_mirrors: 2}",
-    "4 query mirrors": "{query_mirrors: 4}",
-    "4 query mirrors, power 2": _SEVERAL,
-}
 _SHOWN_AT_32 = ("--data.train_transform.image_size", "32", "--data.eval_transform.image_size", "32")
 _SCENES = ("--source", "digits", "--scenes", "1000", "--task")
 _PARTS_OVER = f"model.backbone.mirror={','.join(_PARTS.values())}"
@@ -121,12 +116,6 @@ TASKS = {
     ),
     "parts of mirror, counting": Task("digits/counting", over=_PARTS_OVER, labels=tuple(_PARTS)),
     "parts of mirror, digits": Task("digits/classification", over=_PARTS_OVER, seeds="0", labels=tuple(_PARTS)),
-    "more parts of mirror, counting": Task(
-        "digits/counting",
-        over=f"model.backbone.mirror={','.join(_MORE_PARTS.values())}",
-        labels=tuple(_MORE_PARTS),
-        table="parts of mirror, counting",
-    ),
 }
 TASKS |= {
     f"{name}, {SEVERAL}": replace(TASKS[name], over=f"model.backbone.mirror={_SEVERAL}", labels=(SEVERAL,), table=name)

@@ -159,7 +159,7 @@ def kernels_table(rows: Rows) -> list[str]:
 def backbone_table(rows: Rows) -> list[str]:
     """Throughput of whole backbones beside timm's, size by size; parameters and GMACs at the first size.
 
-    Below it, mirrorla_small's images/s times GMACs over those of others of its size: above 1 its GMACs take less time.
+    Below it, mirrorla_small per GMAC beside others of its size.
 
     Args:
         rows: of backbone_cpu.csv.
@@ -176,24 +176,8 @@ def backbone_table(rows: Rows) -> list[str]:
         columns = [rate for _, rate, _ in backbone.STEPS] + ["peak_mib"]
         cells = [" / ".join(row[column] or "–" for row in found) for column in columns]
         lines.append(f"| {name} | {found[0]['params_m']} | {found[0]['gmacs']} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"| {_OURS}, throughput per GMAC over | {' | '.join(f'{kind} at {at}' for kind, *_ in backbone.STEPS)} |",
-    ]
-    lines.append("|---|---:|---:|")
-    by_place = {(row["model"], row["size"]): row for row in rows}
-    for name in _LIKE_OURS:
-        cells = [
-            " / ".join(_per_gmac(by_place[_OURS, size], by_place[name, size], rate) for size in sizes)
-            for _, rate, _ in backbone.STEPS
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", *backbone_profile.per_gmac_table(rows)]
     return [*lines, "", _source("backbone_cpu", rows[0])]
-
-
-def _per_gmac(ours: Mapping[str, str], peer: Mapping[str, str], rate: str) -> str:
-    a, b = (float(row[rate]) * float(row["gmacs"]) for row in (ours, peer))
-    return f"{a / b:.2f}"
 
 
 def overtaking_table(rows: Rows) -> list[str]:
@@ -225,8 +209,6 @@ def evaluation_table(rows: Rows) -> list[str]:
     return [*lines, "", _source("evaluation", rows[0])]
 
 
-_OURS = "mirrorla_small"
-_LIKE_OURS = ("mirrorla_small:hybrid", "pvt_v2_b2", "swin_tiny_patch4_window7_224", "deit_small_patch16_224")
 _DIGITS_SCORES = {"top1": "top-1 %", "miou": "mIoU %", "box_ap50": "box AP50 %", "mask_ap50": "mask AP50 %"}
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
@@ -290,7 +272,7 @@ def _rows(name: str) -> Rows:
 
 def _source(name: str, *rows: Mapping[str, str]) -> str:
     """Where a table's figures come from; of several rows the last one's machine, and every commit."""
-    row, commits = rows[-1], ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    row, commits = rows[-1], ", ".join(dict.fromkeys(row["commit"] for row in rows if row["commit"]))
     threads = f", {row['threads']} thread{'s' * (row['threads'] != '1')}" if row["threads"] else ""
     where = f"{row['device']}{threads}, torch {row['torch']}, Python {row['python']}, commit {commits}"
     return f"[{name}.csv](benchmarks/results/{name}.csv): {where}."

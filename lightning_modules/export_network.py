@@ -151,7 +151,8 @@ def _mirror_attention(
     # Means on both sides: a number of tokens turned into a float would be fixed in the program.
     roped = phi_k if rope is None else rotate(phi_k, *rope)
     state = torch.einsum("bmhd,bmhe->bhde", roped, v) / k.shape[1]
-    return reference.read(q, state, phi_k.mean(1), query_mirrors or (mirror,), rope=rope, power=power)
+    mirrors = (mirror,) if query_mirrors is None else query_mirrors
+    return reference.read(q, state, phi_k.mean(1), mirrors, rope=rope, power=power)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, rope: Tables | None) -> Tensor:

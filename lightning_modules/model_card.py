@@ -73,8 +73,10 @@ class ModelCard:
             raise ValueError(
                 f"this checkpoint's model card lacks {', '.join(sorted(missing))}: it is of another version"
             )
-        options = asdict(MirrorConfig()) | card["mirror"]  # one that came later was off before
-        return cls(**{one.name: card[one.name] for one in fields(cls) if one.name in card} | {"mirror": options})
+        known = {one.name: card[one.name] for one in fields(cls) if one.name in card}
+        if isinstance(known["mirror"], dict):  # else require_match tells
+            known["mirror"] = asdict(MirrorConfig()) | known["mirror"]  # what came later was off before
+        return cls(**known)
 
     def matched(self, checkpoint: dict[str, Any]) -> "ModelCard":
         """The card inside a checkpoint, if that fits what the configuration builds; see require_match."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# torch has a fast gradient of 3x3 depthwise kernels on CPUs; that of larger ones takes 10 to 30 times as long and, in
+# torch has a fast gradient of 3x3 depthwise kernels on CPUs; that of larger ones takes 6 to 30 times as long and, in
 # one pass, leaves the cache from some 2^20 values on.
 FAST_SIDE = 3
 STRIP = 2**20

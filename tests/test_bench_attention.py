@@ -204,6 +204,15 @@ def test_a_profile_puts_every_kind_of_operator_into_its_column(tmp_path, capsys)
     assert backbone_profile.kind_of("aten::mul", ["MulBackward0"]) == backbone_profile.REST
 
 
+def test_throughput_per_gmac_stands_beside_peers_that_were_measured():
+    ours = {"model": "mirrorla_small", "size": "8x16", "gmacs": "2", "images_per_s": "3", "inference_images_per_s": "5"}
+    peer = {**ours, "model": "pvt_v2_b2", "gmacs": "4", "inference_images_per_s": ""}
+    lines = backbone_profile.per_gmac_table([ours, peer])
+    assert lines[0].endswith("| training at 8x16 | inference at 8x16 |")
+    assert lines[2:] == ["| pvt_v2_b2 | 0.50 | – |"]
+    assert len(backbone_profile.per_gmac_table([peer])) == 2
+
+
 def test_the_attention_of_our_models_stands_after_a_colon():
     assert backbone.build("mirrorla_pico:hybrid", (64, 64)).attention_kinds == (
         "mirror",

@@ -171,6 +171,8 @@ def test_a_card_from_before_an_option_of_the_mirrors_means_its_default():
     assert written["mirror"].pop("query_mirrors") == 1
     expected = ModelCard.of("classification", BackboneConfig("mirrorla_pico"), 4, False, [])
     assert expected.matched({ModelCard.KEY: written}) == expected
+    with pytest.raises(ValueError, match="checkpoint's mirror is 'x' but the configuration builds"):
+        expected.matched({ModelCard.KEY: {**written, "mirror": "x"}})
     several = BackboneConfig("mirrorla_pico", mirror=MirrorConfig(query_mirrors=2))
     with pytest.raises(ValueError, match=r"checkpoint's mirror is .*change --model.backbone.mirror"):
         ModelCard.of("classification", several, 4, False, []).matched({ModelCard.KEY: written})

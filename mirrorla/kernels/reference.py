@@ -144,7 +144,8 @@ def mirror_linear_attention(
     """
     with without_autocast(q.device.type):  # fp32 sums: see the head of the file
         state, key_mean, _ = kv_state(k, v, mirror=mirror, rope=k_rope, mask=mask, power=power)
-        return read(q, state, key_mean, query_mirrors or (mirror,), rope=q_rope, power=power, eps=eps)
+        mirrors = (mirror,) if query_mirrors is None else query_mirrors
+        return read(q, state, key_mean, mirrors, rope=q_rope, power=power, eps=eps)
 
 
 def read(
